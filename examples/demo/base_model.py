@@ -1,0 +1,103 @@
+"""The demo's base model: a Qwen2 small enough for a CPU, trained by verl's own SFT trainer."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from verl_speculator.errors import CheckpointError
+
+TRAIN_SCRIPT = Path(__file__).with_name("train_base.py")
+
+
+@dataclass(frozen=True)
+class BaseModelSettings:
+    """Sizes for minutes of training on two cores. The vocabulary matmul is as costly as two layers at this width."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_layers: int = 4
+    num_heads: int = 3
+    num_steps: int = 600
+    batch_size: int = 32
+    max_length: int = 512
+    learning_rate: float = 3e-3
+
+
+def initialise(tokenizer: PreTrainedTokenizerFast, settings: BaseModelSettings, folder: Path, seed: int = 0) -> int:
+    """Write an untrained model and its tokenizer as a Hugging Face folder; returns the number of parameters."""
+    config = Qwen2Config(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(str(folder))
+    return model.num_parameters()
+
+
+def training_overrides(
+    settings: BaseModelSettings, model: Path, data: Path, checkpoints: Path, num_processes: int
+) -> list[str]:
+    """Overrides for verl's `sft_trainer_engine` config: float32 FSDP2 on CPU, packed input, one checkpoint at the end."""
+    return [
+        f"model.path={model}",
+        "+model.override_config.attn_implementation=sdpa",
+        "model.use_remove_padding=true",
+        "model.enable_gradient_checkpointing=false",
+        "engine.strategy=fsdp2",
+        "engine.model_dtype=fp32",
+        # Without it verl computes in bfloat16, which CPUs emulate at a tenth of the speed.
+        "engine.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
+        "engine.use_torch_compile=false",
+        # Two processes on one machine copy weights through sockets: gathering them once per step is enough.
+        "engine.reshard_after_forward=false",
+        f"optim.lr={settings.learning_rate}",
+        "optim.lr_scheduler_type=cosine",
+        "optim.lr_warmup_steps_ratio=0.04",
+        "optim.min_lr_ratio=0.05",
+        "optim.weight_decay=0.05",
+        "optim.betas=[0.9,0.98]",
+        f"data.train_files={data / 'train.parquet'}",
+        f"data.train_batch_size={settings.batch_size}",
+        f"data.micro_batch_size_per_gpu={settings.batch_size // num_processes}",
+        f"data.max_token_len_per_gpu={8 * settings.max_length}",
+        f"data.max_length={settings.max_length}",
+        "data.truncation=right",
+        "data.num_workers=0",
+        "checkpoint.save_contents=[model,hf_model]",
+        f"trainer.default_local_dir={checkpoints}",
+        f"trainer.n_gpus_per_node={num_processes}",
+        # The step count ends the training, the epochs must only not end it earlier.
+        "trainer.total_epochs=1000",
+        f"trainer.total_training_steps={settings.num_steps}",
+        "trainer.save_freq=-1",
+        "trainer.test_freq=-1",
+        "trainer.logger=[console]",
+        "trainer.resume_mode=disable",
+        "trainer.device=cpu",
+    ]
+
+
+def export(checkpoints: Path, num_steps: int, folder: Path) -> None:
+    """Move the Hugging Face folder out of verl's last checkpoint to `folder` and drop the sharded rest."""
+    trained = checkpoints / f"global_step_{num_steps}" / "huggingface"
+    if not (trained / "model.safetensors").is_file():
+        raise CheckpointError(f"{trained} holds no model.safetensors: verl's trainer did not finish")
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.move(trained, folder)
+    shutil.rmtree(checkpoints)

@@ -1,0 +1,23 @@
+"""Entry point for torchrun: verl's own SFT trainer, on a machine that may have no accelerator."""
+
+import hydra
+import torch
+from omegaconf import DictConfig
+
+from verl_speculator.platforms import cpu
+
+
+@hydra.main(config_path="pkg://verl.trainer.config", config_name="sft_trainer_engine", version_base=None)
+def main(config: DictConfig) -> None:
+    from verl.trainer.sft_trainer import SFTTrainer
+
+    SFTTrainer(config=config).fit()
+    torch.distributed.destroy_process_group()
+
+
+# Saving a checkpoint starts processes that import this file again: they must not start training.
+if __name__ == "__main__":
+    cpu.ensure_registered()
+    cpu.enable_verl_engines()
+    cpu.init_process_group()
+    main()

@@ -1,0 +1,269 @@
+"""The objective against a loop over sequences, positions and heads that shares no code with it."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from verl_speculator.errors import ConfigError, DataError
+from verl_speculator.losses import (
+    PackedHiddenStates,
+    count_trained_positions,
+    speculator_loss,
+    speculator_metrics,
+)
+from verl_speculator.models import (
+    ArcticLSTMSpeculator,
+    ArcticLSTMSpeculatorConfig,
+    MLPSpeculator,
+    MLPSpeculatorConfig,
+)
+
+HIDDEN, WIDTH, VOCAB, N_PREDICT = 6, 5, 13, 3
+LENGTHS = [7, 2, 1, 12, 3, 0, 4]
+
+
+class TinySpeculator(nn.Module):
+    """A chain with a two-part state, as small as one can be."""
+
+    def __init__(self, tied: bool, n_predict: int = N_PREDICT):
+        super().__init__()
+        self.n_predict = n_predict
+        self.heads_are_tied = tied
+        self.start = nn.Linear(HIDDEN, WIDTH)
+        self.emb = nn.Embedding(VOCAB, WIDTH)
+        self.mix = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(n_predict))
+        self.head = nn.ParameterList(torch.randn(VOCAB, WIDTH) for _ in range(1 if tied else n_predict))
+
+    def begin(self, hidden_states):
+        start = self.start(hidden_states)
+        return start, torch.zeros_like(start)
+
+    def step(self, state, tokens, head_index):
+        s, c = state
+        c = c + torch.sigmoid(self.mix[head_index](s)) * self.emb(tokens)
+        s = torch.tanh(s + c)
+        return (s, c), s
+
+    def head_weight(self, head_index):
+        return self.head[0 if self.heads_are_tied else head_index]
+
+
+def _mlp(tied):
+    return MLPSpeculator(
+        MLPSpeculatorConfig(
+            input_hidden_dim=HIDDEN, inner_dim=WIDTH, vocab_size=VOCAB, n_predict=N_PREDICT, tie_weights=tied
+        )
+    )
+
+
+def _lstm(method, tied):
+    widths = {"inner_dim": WIDTH, "emb_dim": WIDTH, "proj_dim": WIDTH}
+    return ArcticLSTMSpeculator(
+        ArcticLSTMSpeculatorConfig(
+            input_hidden_dim=HIDDEN, vocab_size=VOCAB, n_predict=N_PREDICT, tie_weights=tied, method=method, **widths
+        )
+    )
+
+
+SPECULATORS = {
+    "tiny_tied": lambda: TinySpeculator(tied=True),
+    "tiny_untied": lambda: TinySpeculator(tied=False),
+    "mlp_tied": lambda: _mlp(True),
+    "mlp_untied": lambda: _mlp(False),
+    "lstm": lambda: _lstm("sum_lstm", True),
+    "rnn_untied": lambda: _lstm("sum_rnn", False),
+}
+
+
+def _speculator(name):
+    torch.manual_seed(1)
+    return SPECULATORS[name]().double()
+
+
+def _batch(mask_kind="random", lengths=LENGTHS, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    masks = {
+        "none": torch.zeros(total, dtype=torch.long),
+        "all": torch.ones(total, dtype=torch.long),
+        "one": (torch.arange(total) == 15).long(),
+        "random": torch.randint(0, 2, (total,), generator=generator),
+    }
+    return PackedHiddenStates(
+        hidden_states=torch.randn(total, HIDDEN, generator=generator, dtype=torch.float64),
+        input_ids=torch.randint(VOCAB, (total,), generator=generator),
+        loss_mask=masks[mask_kind],
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+    )
+
+
+def _slow(speculator, packed, head_loss_weights):
+    """Loss and metric sums, one position at a time and through `log_softmax` of plain logits."""
+    n_predict = speculator.n_predict
+    names = ("head_{}/loss_sum", "head_{}/count", "head_{}/correct_sum", "prefix_{}/count", "prefix_{}/correct_sum")
+    sums = {name.format(i): 0.0 for i in range(n_predict) for name in names}
+    losses = [[] for _ in range(n_predict)]
+    offsets = packed.cu_seqlens.tolist()
+    for start, end in pairwise(offsets):
+        ids, mask, hidden = (x[start:end] for x in (packed.input_ids, packed.loss_mask, packed.hidden_states))
+        for t in range(end - start):
+            state = speculator.begin(hidden[t])
+            all_trained = all_correct = True
+            for i in range(n_predict):
+                if t + 2 + i >= end - start:
+                    break
+                state, output = speculator.step(state, ids[t + 1 + i], i)
+                log_probs = F.log_softmax(speculator.head_weight(i) @ output, dim=0)
+                target = ids[t + 2 + i]
+                trained = mask[t + 2 + i].item() == 1
+                correct = trained and log_probs.argmax().item() == target.item()
+                all_trained, all_correct = all_trained and trained, all_correct and correct
+                if trained:
+                    losses[i].append(-log_probs[target])
+                    sums[f"head_{i}/loss_sum"] += losses[i][-1].item()
+                sums[f"head_{i}/count"] += trained
+                sums[f"head_{i}/correct_sum"] += correct
+                sums[f"prefix_{i}/count"] += all_trained
+                sums[f"prefix_{i}/correct_sum"] += all_correct
+    total = sum(head_loss_weights)
+    means = [torch.stack(head).mean() if head else torch.zeros((), dtype=torch.float64) for head in losses]
+    return sum(w / total * mean for w, mean in zip(head_loss_weights, means, strict=True)), sums
+
+
+def _gradients(loss, speculator):
+    parameters = list(speculator.parameters())
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+@pytest.mark.parametrize("name", SPECULATORS)
+@pytest.mark.parametrize("mask_kind", ["none", "all", "one", "random"])
+@pytest.mark.parametrize("head_loss_weights", [None, [3.0, 0.0, 1.0]])
+def test_objective_matches_a_slow_loop(name, mask_kind, head_loss_weights):
+    speculator, packed = _speculator(name), _batch(mask_kind)
+    expected, expected_sums = _slow(speculator, packed, head_loss_weights or [1.0] * N_PREDICT)
+    result = speculator_loss(speculator, packed, head_loss_weights=head_loss_weights, chunk_size=4)
+
+    torch.testing.assert_close(result.loss, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        _gradients(result.loss, speculator), _gradients(expected, speculator), rtol=1e-8, atol=1e-12
+    )
+    assert set(result.metrics) == set(expected_sums)
+    for key, value in result.metrics.items():
+        assert value.shape == ()
+        assert not value.requires_grad
+        assert value.item() == pytest.approx(expected_sums[key], rel=1e-6), key
+
+
+@pytest.mark.parametrize("lengths", [[1], [2], [0], [1, 2, 1], [3], [4]])
+@pytest.mark.parametrize("name", ["tiny_tied", "mlp_untied", "lstm"])
+def test_batches_too_short_for_some_heads(name, lengths):
+    speculator, packed = _speculator(name), _batch("all", lengths)
+    expected, _ = _slow(speculator, packed, [1.0] * N_PREDICT)
+    result = speculator_loss(speculator, packed)
+    torch.testing.assert_close(result.loss, expected)
+    torch.testing.assert_close(_gradients(result.loss, speculator), _gradients(expected, speculator))
+
+
+@pytest.mark.parametrize("name", ["tiny_tied", "tiny_untied", "mlp_untied", "lstm"])
+def test_every_parameter_gets_a_gradient_where_nothing_is_trained(name):
+    speculator = _speculator(name)
+    speculator_loss(speculator, _batch("none")).loss.backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in speculator.parameters())
+
+
+def _split(packed, cuts, head_counts):
+    """Micro-batches of whole sequences; `cuts` are sequence indices."""
+    parts = []
+    for first, last in pairwise(cuts):
+        offsets = packed.cu_seqlens[first : last + 1]
+        tokens = slice(int(offsets[0]), int(offsets[-1]))
+        parts.append(
+            PackedHiddenStates(
+                packed.hidden_states[tokens],
+                packed.input_ids[tokens],
+                packed.loss_mask[tokens],
+                offsets - offsets[0],
+                head_counts=head_counts,
+            )
+        )
+    return parts
+
+
+@pytest.mark.parametrize("name", ["tiny_tied", "tiny_untied"])
+@pytest.mark.parametrize("cuts", [[0, 7], [0, 3, 7], [0, 1, 2, 3, 4, 5, 6, 7]])
+def test_loss_and_gradients_do_not_depend_on_micro_batches(name, cuts):
+    speculator, packed = _speculator(name), _batch()
+    whole = speculator_loss(speculator, packed)
+    counts = count_trained_positions(packed.loss_mask, packed.cu_seqlens, N_PREDICT)
+    parts = [speculator_loss(speculator, part) for part in _split(packed, cuts, counts)]
+
+    loss = torch.stack([part.loss for part in parts]).sum()
+    torch.testing.assert_close(loss, whole.loss)
+    torch.testing.assert_close(_gradients(loss, speculator), _gradients(whole.loss, speculator))
+    for key, value in whole.metrics.items():
+        torch.testing.assert_close(sum(part.metrics[key] for part in parts), value)
+
+
+def test_upstream_scale_reaches_the_gradients():
+    speculator, packed = _speculator("tiny_tied"), _batch()
+    plain = _gradients(speculator_loss(speculator, packed).loss, speculator)
+    scaled = _gradients(speculator_loss(speculator, packed).loss * 8, speculator)
+    torch.testing.assert_close(scaled, [8 * g for g in plain])
+
+
+def test_metrics_are_divided_once():
+    sums = {"head_0/loss_sum": 6.0, "head_0/count": 4.0, "head_0/correct_sum": 3.0}
+    sums |= {"head_1/loss_sum": 5.0, "head_1/count": 2.0, "head_1/correct_sum": 1.0}
+    sums |= {"prefix_0/correct_sum": 3.0, "prefix_0/count": 4.0, "prefix_1/correct_sum": 0.0, "prefix_1/count": 0.0}
+    assert speculator_metrics(sums, 2) == {
+        "head_0/loss": 1.5,
+        "head_0/accuracy": 0.75,
+        "head_1/loss": 2.5,
+        "head_1/accuracy": 0.5,
+        "loss": 2.0,
+        "acceptance_length": 1.75,
+    }
+
+
+def test_metrics_agree_with_the_loss_of_the_batch():
+    speculator, packed = _speculator("mlp_tied"), _batch()
+    result = speculator_loss(speculator, packed)
+    metrics = speculator_metrics({key: value.item() for key, value in result.metrics.items()}, N_PREDICT)
+    assert metrics["loss"] == pytest.approx(result.loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0], [0.0, 0.0, 0.0], [1.0, -1.0, 1.0], [1.0, float("nan"), 1.0]])
+def test_wrong_head_weights_are_refused(weights):
+    with pytest.raises(ConfigError, match="head_loss_weights"):
+        speculator_loss(_speculator("tiny_tied"), _batch(), head_loss_weights=weights)
+
+
+def test_wrong_number_of_head_counts_is_refused():
+    packed = _batch()
+    packed.head_counts = torch.ones(N_PREDICT + 1, dtype=torch.long)
+    with pytest.raises(DataError, match="head_counts"):
+        speculator_loss(_speculator("tiny_tied"), packed)
+
+
+class _RowCounter(TinySpeculator):
+    def __init__(self, tied):
+        super().__init__(tied)
+        self.rows = []
+
+    def step(self, state, tokens, head_index):
+        self.rows.append(tokens.shape[0])
+        return super().step(state, tokens, head_index)
+
+
+def test_untrained_rows_never_enter_the_chain():
+    packed = _batch("one")
+    speculator = _RowCounter(tied=True).double()
+    speculator_loss(speculator, packed)
+    # Token 15 is the target of one position per head, and only later heads' positions stay in the chain.
+    assert speculator.rows == [3, 2, 1]

@@ -1,0 +1,48 @@
+"""Checkpoints of the reference implementations give the reference's logits, losses and gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from verl_speculator.models import Speculator
+
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
+CASES = sorted(folder for folder in GOLDEN.iterdir() if folder.is_dir())
+
+
+@pytest.fixture(params=CASES, ids=lambda folder: folder.name)
+def case(request):
+    return request.param
+
+
+def test_there_are_cases():
+    assert len(CASES) >= 4
+
+
+def test_logits(case):
+    tensors = load_file(case / "io.safetensors")
+    with torch.no_grad():
+        logits = Speculator.from_pretrained(case)(tensors["state"], tensors["inds"])
+    assert (logits - tensors["logits"]).abs().max() <= 1e-5
+
+
+def test_loss_and_gradients(case):
+    speculator = Speculator.from_pretrained(case)
+    tensors, grads = load_file(case / "loss.safetensors"), load_file(case / "grads.safetensors")
+    hidden, ids, mask = tensors["hidden"], tensors["ids"], tensors["mask"].bool()
+    length = ids.shape[1] - speculator.n_predict - 1
+    logits = speculator(hidden[:, :length], ids[:, 1:])
+    losses = []
+    for i in range(speculator.n_predict):
+        target, trained = ids[:, i + 2 : length + i + 2], mask[:, i + 2 : length + i + 2]
+        losses.append(F.cross_entropy(logits[i][trained], target[trained]))
+    torch.testing.assert_close(torch.stack(losses), tensors["loss_per_head"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.stack(losses).sum(), tensors["loss_sum"].squeeze(), rtol=1e-5, atol=1e-5)
+    torch.stack(losses).sum().backward()
+    parameters = dict(speculator.named_parameters())
+    assert parameters.keys() == grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(parameters[name].grad, grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: n + text)

@@ -1,0 +1,11 @@
+from verl_speculator.adapters.interface import SpeculatorAdapter, build_speculator_adapter, load_adapter_class
+from verl_speculator.adapters.lstm_adapter import LSTMSpeculatorAdapter
+from verl_speculator.adapters.mlp_adapter import MLPSpeculatorAdapter
+
+__all__ = [
+    "LSTMSpeculatorAdapter",
+    "MLPSpeculatorAdapter",
+    "SpeculatorAdapter",
+    "build_speculator_adapter",
+    "load_adapter_class",
+]

@@ -1,0 +1,146 @@
+"""What an engine asks of a speculator type, and how the adapter named in a configuration is found."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from verl_speculator.errors import ConfigError
+from verl_speculator.losses import PackedHiddenStates, count_trained_positions, speculator_metrics
+from verl_speculator.models import Speculator
+
+ADAPTER_KEY = "model.speculator_adapter"
+
+
+class SpeculatorAdapter(ABC):
+    """One speculator type: how it is built from ``model.speculator``, and its loss on a packed batch.
+
+    An adapter knows nothing of engines, ranks or padding: it sees :class:`PackedHiddenStates` only. The engine sets
+    :attr:`speculator` to what :meth:`build_speculator_module` returned, or to the one loaded from
+    ``model.speculator_path``, and shards its parameters in place.
+    """
+
+    speculator: Speculator
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = dict(settings)
+        self.validate_settings()
+
+    @abstractmethod
+    def validate_settings(self) -> None:
+        """Raise :class:`ConfigError` naming the key if ``model.speculator`` cannot work. No model is loaded yet."""
+
+    @abstractmethod
+    def build_speculator_module(self, model: nn.Module) -> Speculator:
+        """A freshly initialised speculator for this base model (a Hugging Face model; its ``config`` has the sizes)."""
+
+    @abstractmethod
+    def get_optimizer_params(self) -> Iterable[nn.Parameter] | Iterable[dict[str, Any]]:
+        """The parameters to train, or parameter groups of them. Called after the engine has sharded the speculator."""
+
+    @abstractmethod
+    def compute_speculator_logits(self, packed: PackedHiddenStates) -> Tensor:
+        """Logits ``[n_predict, T, V]`` at every position, for small inputs: tests and evaluation."""
+
+    @abstractmethod
+    def compute_speculator_loss(self, packed: PackedHiddenStates) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss (a scalar with gradient) and metrics as sums and counts.
+
+        With ``packed.head_counts`` set, the losses of all micro-batches and ranks must add up to the loss of the global
+        batch: divide by those counts and not by this batch's. Metrics ending in ``_sum`` are divided by their
+        ``_count`` once, after everything has been added up.
+        """
+
+    def count_trained_positions(self, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """``[n_predict]``: positions that train each head, for the division above."""
+        return count_trained_positions(loss_mask, cu_seqlens, self.speculator.n_predict)
+
+    def summarize_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Averages from the added-up sums and counts of :meth:`compute_speculator_loss`."""
+        heads = [key for key in sums if key.startswith("head_") and key.endswith("/count")]
+        return speculator_metrics(sums, len(heads))
+
+
+def build_speculator_adapter(spec: Any, settings: Mapping[str, Any]) -> SpeculatorAdapter:
+    """The adapter that ``model.speculator_adapter`` names, built with the settings of ``model.speculator``.
+
+    :param spec: a dotted name, ``{"fqn": dotted name}``, or ``{"path": file, "name": class}``
+    :raises ConfigError: the name does not import, is not an adapter, or the settings do not fit it
+    """
+    return load_adapter_class(spec)(settings)
+
+
+def load_adapter_class(spec: Any) -> type[SpeculatorAdapter]:
+    """Find the class without building it; errors as in :func:`build_speculator_adapter`."""
+    if isinstance(spec, str):
+        found = _import_name(spec)
+    elif isinstance(spec, Mapping) and set(spec) == {"fqn"}:
+        found = _import_name(str(spec["fqn"]))
+    elif isinstance(spec, Mapping) and set(spec) == {"path", "name"}:
+        found = _import_from_file(Path(str(spec["path"])).expanduser(), str(spec["name"]))
+    else:
+        raise ConfigError(
+            f"{ADAPTER_KEY} must be a dotted name, {{fqn: dotted.name}} or {{path: file.py, name: Class}}, got {spec!r}"
+        )
+    if not (isinstance(found, type) and issubclass(found, SpeculatorAdapter)):
+        raise ConfigError(f"{ADAPTER_KEY}: {spec!r} is not a subclass of verl_speculator.adapters.SpeculatorAdapter")
+    return found
+
+
+def _import_name(name: str) -> Any:
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"{ADAPTER_KEY} must be a full dotted name such as package.module.Class, got {name!r}")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{ADAPTER_KEY}: {name!r} cannot be imported ({error})") from error
+
+
+def _import_from_file(path: Path, name: str) -> Any:
+    if not path.is_file():
+        raise ConfigError(f"{ADAPTER_KEY}: there is no file {str(path)!r}")
+    # A stable module name lets Ray and pickle find the same class in every process that loads the file.
+    module_name = f"verl_speculator_adapter_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):x}"
+    module = sys.modules.get(module_name)
+    if module is None:
+        module_spec = importlib.util.spec_from_file_location(module_name, path)
+        if module_spec is None or module_spec.loader is None:
+            raise ConfigError(f"{ADAPTER_KEY}: {str(path)!r} is not a Python file")
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[module_name] = module
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise ConfigError(f"{ADAPTER_KEY}: {str(path)!r} cannot be imported ({error})") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{ADAPTER_KEY}: {str(path)!r} has no class {name!r}")
+    return getattr(module, name)
+
+
+def packed_logits(speculator: Speculator, packed: PackedHiddenStates) -> Tensor:
+    """Every head's logits ``[n_predict, T, V]`` on a packed batch, teacher-forced with the batch's own tokens.
+
+    Tokens past the end of a sequence are its last one: no trained position reads them.
+    """
+    last = packed.cu_seqlens[1:] - 1
+    length = packed.cu_seqlens.diff()
+    last_of_position = torch.repeat_interleave(last, length)
+    position = torch.arange(packed.input_ids.numel(), device=last.device)
+    state = speculator.begin(packed.hidden_states)
+    logits = []
+    for head in range(speculator.n_predict):
+        read_at = torch.minimum(position + 1 + head, last_of_position)
+        state, output = speculator.step(state, packed.input_ids[read_at], head)
+        logits.append(output @ speculator.head_weight(head).T)
+    return torch.stack(logits)

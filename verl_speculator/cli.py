@@ -1,0 +1,72 @@
+"""The ``verl-speculator`` command. Heavy imports wait until a subcommand needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+_TRAIN_HELP = """\
+Train a speculator. Settings are Hydra overrides on verl's sft_trainer_engine; the most used ones:
+
+  model.partial_pretrain=BASE              base model: a Hugging Face folder or name
+  data.train_files=train.parquet           chat data: a column `messages` of {role, content}
+  data.val_files=test.parquet
+  model.speculator.n_predict=5             tokens drafted ahead
+  model.speculator.method=sum_rnn          or sum_lstm
+  model.speculator.inner_dim=1024          also emb_dim and proj_dim; "1024.2048" is a stack
+  trainer.default_local_dir=FOLDER         where checkpoints go
+
+Everything is checked before a process is started. On several machines run torchrun yourself:
+  torchrun --nnodes=2 ... -m verl_speculator.trainer.sft_trainer key=value ...
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="verl-speculator", description="Train, measure and serve the draft heads of speculative decoding."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a speculator on chat data",
+        description=_TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("--nproc", type=int, default=None, help="processes (GPUs) on this machine; default: its GPUs or 1")
+    train.add_argument("--ray", action="store_true", help="run the workers under Ray instead of torchrun")
+    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
+    args = parser.parse_args(argv)
+    if args.version:
+        from verl_speculator import __version__
+
+        print(__version__)
+        return 0
+    if args.command == "train":
+        return _train(args)
+    parser.print_help()
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from omegaconf import OmegaConf
+
+    from verl_speculator.errors import SpeculatorError
+    from verl_speculator.trainer.configuration import load_config
+    from verl_speculator.trainer.launch import launch
+
+    try:
+        if args.print_config:
+            print(OmegaConf.to_yaml(load_config(args.overrides)), end="")
+            return 0
+        return launch(args.overrides, num_processes=args.nproc, use_ray=args.ray)
+    except SpeculatorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

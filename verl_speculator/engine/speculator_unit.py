@@ -1,0 +1,60 @@
+"""The speculator as one FSDP2 unit: gathered for its own forward and backward, sharded at all other times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from verl.utils.fsdp_utils import fsdp2_load_full_state_dict
+
+from verl_speculator.adapters import SpeculatorAdapter
+from verl_speculator.adapters.settings import base_model_sizes, check_base_sizes
+from verl_speculator.losses import PackedHiddenStates
+from verl_speculator.models import Speculator
+
+PREFIX = "speculator."
+
+
+class SpeculatorUnit(nn.Module):
+    """Holds the speculator; its forward is the adapter's loss, so that FSDP gathers the weights around it."""
+
+    def __init__(self, adapter: SpeculatorAdapter) -> None:
+        super().__init__()
+        self.speculator = adapter.speculator
+        self._adapter = adapter
+
+    def forward(self, packed: PackedHiddenStates) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._adapter.compute_speculator_loss(packed)
+
+
+def build_speculator(adapter: SpeculatorAdapter, base: nn.Module, path: str | None, seed: int) -> Speculator:
+    """The speculator in float32, with weights on rank 0 and without storage on the others.
+
+    It starts from the one at ``path``, or afresh from ``seed`` whatever the number of processes.
+
+    :raises ConfigError: the one at ``path`` was trained for another hidden size or vocabulary
+    """
+    if path:
+        speculator = Speculator.from_pretrained(path)
+        sizes = base_model_sizes(base)
+        check_base_sizes(speculator.config, sizes["input_hidden_dim"], sizes["vocab_size"], path)
+        return speculator.float() if dist.get_rank() == 0 else speculator.float().to("meta")
+    if dist.get_rank() != 0:
+        with torch.device("meta"):
+            return adapter.build_speculator_module(base).float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return adapter.build_speculator_module(base).float()
+
+
+def shard(unit: SpeculatorUnit, mesh: Any, policy: MixedPrecisionPolicy) -> None:
+    """Shard in place and hand every rank its part of rank 0's weights.
+
+    The weights are not dropped between forward and backward: one follows the other at once.
+    """
+    whole = unit.state_dict()
+    fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fsdp2_load_full_state_dict(unit, whole, mesh, None)

@@ -1,0 +1,24 @@
+"""The errors a user can cause. Each message is one sentence: what is wrong, where, and what would be right."""
+
+
+class SpeculatorError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(SpeculatorError, ValueError):
+    """A configuration value that cannot work; the message names its key."""
+
+
+class DataError(SpeculatorError, ValueError):
+    """Training or evaluation data that cannot be used; the message names the file."""
+
+
+class CheckpointError(SpeculatorError, ValueError):
+    """A speculator folder or checkpoint whose contents are wrong; the message names the file."""
+
+
+class MissingFileError(SpeculatorError, FileNotFoundError):
+    """A file or folder that should be there and is not; the message names it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""

@@ -1,0 +1,25 @@
+"""Objectives of speculator training: token alignment on packed sequences and a cross entropy without stored logits."""
+
+from verl_speculator.losses.alignment import (
+    count_trained_positions,
+    head_inputs,
+    head_targets,
+    trained_positions,
+)
+from verl_speculator.losses.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
+from verl_speculator.losses.objective import DraftsTokens, SpeculatorLoss, speculator_loss, speculator_metrics
+from verl_speculator.losses.packed import PackedHiddenStates
+
+__all__ = [
+    "DraftsTokens",
+    "LinearCrossEntropyOutput",
+    "PackedHiddenStates",
+    "SpeculatorLoss",
+    "count_trained_positions",
+    "head_inputs",
+    "head_targets",
+    "linear_cross_entropy",
+    "speculator_loss",
+    "speculator_metrics",
+    "trained_positions",
+]

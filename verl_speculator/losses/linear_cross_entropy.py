@@ -1,0 +1,183 @@
+"""Cross entropy of `states @ weight.T` without the logits ever existing as a whole.
+
+One pass over chunks of rows computes a chunk's logits, its losses and, while they are at hand, both gradients. Backward
+has only to scale them. That is three matrix products, the fewest possible, and one chunk of memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Larger chunks make the weight gradient, [V, D], be read and written less often; smaller ones save memory. With
+# V = 32000 and D = 1024 on 2 CPU cores, speed stops growing at about 1024 rows: 128 MiB of float32 logits. A GPU needs
+# more rows to fill its matrix units and has the memory for them.
+_CHUNK_BYTES = {"cpu": 128 * 2**20}
+_ACCELERATOR_CHUNK_BYTES = 512 * 2**20
+_MIN_CHUNK_ROWS = 256
+
+
+class LinearCrossEntropyOutput(NamedTuple):
+    """The loss and what it is made of.
+
+    Attributes:
+        loss: scalar, the sum of `row_weights * row_losses`; the only part with a gradient.
+        row_losses: [N], the unweighted cross entropies, detached.
+        correct: [N], bool: the target's logit is its row's largest, ties included.
+    """
+
+    loss: Tensor
+    row_losses: Tensor
+    correct: Tensor
+
+
+def linear_cross_entropy(
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_weights: Tensor,
+    *,
+    chunk_size: int | None = None,
+) -> LinearCrossEntropyOutput:
+    """Weighted sum of the cross entropies of `states @ weight.T` against `targets`.
+
+    The products run in the inputs' type (or autocast's); log-sum-exp, losses and the sum of the weight gradient over
+    chunks are float32, or float64 if the inputs are. float16 runs in float32: gradients computed ahead of the loss
+    scale would underflow in it. Gradients go to `states` and `weight` only; second derivatives are not supported.
+
+    Args:
+        states: [N, D]; N may be 0, and then loss and gradients are zero.
+        weight: [V, D].
+        targets: [N], int64, each in [0, V).
+        row_weights: [N], constants.
+        chunk_size: rows of logits that exist at a time; None chooses from a budget of bytes.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None to choose it; got {chunk_size}.")
+    dtype = _matmul_dtype(states, weight)
+    # Casts outside of the Function are autograd's to undo, after it has applied the upstream scale.
+    states = states.float() if states.dtype == torch.float16 else states
+    weight = weight.float() if weight.dtype == torch.float16 else weight
+    rows = _chunk_rows(states.shape[0], weight.shape[0], states.device.type, chunk_size)
+    # Asked here, because inside of a Function gradients always look disabled.
+    wants_grad = torch.is_grad_enabled()
+    outputs = _LinearCrossEntropy.apply(states, weight, targets, row_weights, rows, dtype, wants_grad)
+    return LinearCrossEntropyOutput(*outputs)
+
+
+def _matmul_dtype(states: Tensor, weight: Tensor) -> torch.dtype:
+    device_type = states.device.type
+    dtype = torch.promote_types(states.dtype, weight.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _chunk_rows(num_rows: int, vocab_size: int, device_type: str, chunk_size: int | None) -> int:
+    if chunk_size is not None:
+        return min(chunk_size, max(num_rows, 1))
+    budget = _CHUNK_BYTES.get(device_type, _ACCELERATOR_CHUNK_BYTES)
+    largest = max(budget // (4 * vocab_size), _MIN_CHUNK_ROWS)
+    # Equal chunks: a short last one would waste most of a pass over the weight gradient.
+    num_chunks = max(-(-num_rows // largest), 1)
+    return max(-(-num_rows // num_chunks), 1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        row_weights: Tensor,
+        rows: int,
+        dtype: torch.dtype,
+        wants_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(states.device.type, enabled=False):
+            needs_grad_states, needs_grad_weight = (wants_grad and needed for needed in ctx.needs_input_grad[:2])
+            work = _Pass(states.to(dtype), weight.to(dtype), rows, needs_grad_states, needs_grad_weight)
+            row_weights = row_weights.to(work.sum_dtype)
+            for start in range(0, states.shape[0], rows):
+                chunk = slice(start, start + rows)
+                work.run_chunk(chunk, targets[chunk], row_weights[chunk])
+        ctx.save_for_backward(
+            work.grad_states.to(states.dtype) if work.grad_states is not None else None,
+            work.grad_weight.to(weight.dtype) if work.grad_weight is not None else None,
+        )
+        ctx.mark_non_differentiable(work.row_losses, work.correct)
+        return torch.dot(row_weights, work.row_losses), work.row_losses, work.correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # Out of place, and without a look at the scale: the graph may be kept and used again, and a look would make the
+        # host wait for the device. One product with [V, D] is about a hundredth of the pass above.
+        scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
+        return scaled[0], scaled[1], None, None, None, None, None
+
+
+class _Pass:
+    """The buffers and results of one pass over the rows."""
+
+    def __init__(self, states: Tensor, weight: Tensor, rows: int, needs_grad_states: bool, needs_grad_weight: bool):
+        self.states_ND = states
+        self.weight_VD = weight
+        self.sum_dtype = torch.promote_types(states.dtype, torch.float32)
+        num_rows, vocab_size = states.shape[0], weight.shape[0]
+
+        self.logits_RV = states.new_empty(rows, vocab_size)
+        in_sum_dtype = self.sum_dtype == states.dtype
+        self.probs_RV = self.logits_RV if in_sum_dtype else torch.empty_like(self.logits_RV, dtype=self.sum_dtype)
+        self.row_losses = states.new_zeros(num_rows, dtype=self.sum_dtype)
+        self.correct = states.new_zeros(num_rows, dtype=torch.bool)
+        self.grad_states = torch.empty_like(states) if needs_grad_states else None
+        self.grad_weight: Tensor | None = None
+        if needs_grad_weight:
+            # The first chunk overwrites it, if there is one.
+            new = torch.empty_like if num_rows else torch.zeros_like
+            self.grad_weight = new(weight, dtype=self.sum_dtype)
+
+    def run_chunk(self, chunk: slice, targets_R: Tensor, row_weights_R: Tensor) -> None:
+        rows = targets_R.shape[0]
+        logits_RV, probs_RV = self.logits_RV[:rows], self.probs_RV[:rows]
+        torch.mm(self.states_ND[chunk], self.weight_VD.t(), out=logits_RV)
+        if probs_RV.dtype != logits_RV.dtype:
+            probs_RV.copy_(logits_RV)
+
+        targets_R1 = targets_R.unsqueeze(1)
+        target_logit_R1 = probs_RV.gather(1, targets_R1)
+        max_logit_R1 = probs_RV.amax(dim=1, keepdim=True)
+        torch.softmax(probs_RV, dim=1, out=probs_RV)
+        # The largest probability is exp(max - logsumexp), never below 1/V: its logarithm gives logsumexp without
+        # a second exponential of every logit, and without the underflow of the target's own probability.
+        logsumexp_R1 = max_logit_R1 - probs_RV.amax(dim=1, keepdim=True).log_()
+        self.row_losses[chunk] = (logsumexp_R1 - target_logit_R1).squeeze(1)
+        self.correct[chunk] = (target_logit_R1 == max_logit_R1).squeeze(1)
+
+        if self.grad_states is None and self.grad_weight is None:
+            return
+        # From probabilities to the gradient of the unweighted losses. The row weights then scale [R, D], not [R, V].
+        probs_RV.scatter_add_(1, targets_R1, torch.full_like(target_logit_R1, -1.0))
+        if probs_RV.dtype != logits_RV.dtype:
+            logits_RV.copy_(probs_RV)
+        self._add_gradients(chunk, logits_RV, row_weights_R.unsqueeze(1))
+
+    def _add_gradients(self, chunk: slice, grad_RV: Tensor, row_weights_R1: Tensor) -> None:
+        if self.grad_states is not None:
+            grad_states_RD = self.grad_states[chunk]
+            torch.mm(grad_RV, self.weight_VD, out=grad_states_RD)
+            grad_states_RD.mul_(row_weights_R1)
+        if self.grad_weight is not None:
+            states_RD = (self.states_ND[chunk] * row_weights_R1).to(grad_RV.dtype)
+            is_first = chunk.start == 0
+            if self.grad_weight.dtype == grad_RV.dtype:
+                self.grad_weight.addmm_(grad_RV.t(), states_RD, beta=0 if is_first else 1)
+            elif is_first:
+                self.grad_weight.copy_(grad_RV.t() @ states_RD)
+            else:
+                self.grad_weight.add_(grad_RV.t() @ states_RD)

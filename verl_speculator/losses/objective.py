@@ -1,0 +1,195 @@
+"""The training objective of a chain of draft heads, on packed sequences, and the metrics that come with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from verl_speculator.errors import ConfigError, DataError
+from verl_speculator.losses.alignment import head_inputs, head_targets, trained_positions
+from verl_speculator.losses.linear_cross_entropy import linear_cross_entropy
+from verl_speculator.losses.packed import PackedHiddenStates
+
+
+class DraftsTokens(Protocol):
+    """What the objective needs of a speculator."""
+
+    @property
+    def n_predict(self) -> int: ...
+
+    @property
+    def heads_are_tied(self) -> bool:
+        """Whether every head has the same vocabulary matrix."""
+        ...
+
+    def begin(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """The state of the chain before its first token, each part [..., some width], from [..., H]."""
+        ...
+
+    def step(self, state: Any, tokens: Tensor, head_index: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Read `tokens` [...] with a head: the state after it, and the output [..., D] before the vocabulary matrix."""
+        ...
+
+    def head_weight(self, head_index: int) -> Tensor:
+        """The vocabulary matrix of a head: [V, D]."""
+        ...
+
+
+class SpeculatorLoss(NamedTuple):
+    """A differentiable scalar, and detached scalars that may be summed over micro-batches and ranks."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class _HeadRows(NamedTuple):
+    """What one head drafts at the positions that train it."""
+
+    positions_N: Tensor
+    outputs_ND: Tensor
+
+
+def speculator_loss(
+    speculator: DraftsTokens,
+    packed: PackedHiddenStates,
+    *,
+    head_loss_weights: Sequence[float] | None = None,
+    chunk_size: int | None = None,
+) -> SpeculatorLoss:
+    """Weighted mean over all heads of each head's mean cross entropy over its trained positions.
+
+    Means divide by `packed.head_counts` where it is given, and then the losses of a batch's parts add up to the loss
+    of the whole. A head that nothing trains contributes 0 and the other heads' weights stay as they are: were they
+    scaled up, one head's gradient would depend on whether another head had data.
+
+    Every head runs even where it trains nothing, on empty tensors. So every parameter gets a gradient on every rank,
+    and ranks do not wait for one another in a sharded backward.
+
+    Args:
+        head_loss_weights: n_predict weights, used in proportion to their sum; None weighs all heads alike.
+        chunk_size: see `linear_cross_entropy`.
+
+    Returns:
+        The loss, and for each head i `head_{i}/loss_sum`, `head_{i}/count`, `head_{i}/correct_sum` (top-1), and
+        `prefix_{i}/count` and `prefix_{i}/correct_sum`: positions where heads 0 to i are all trained, and all right.
+    """
+    n_predict = speculator.n_predict
+    weights = _normalised_weights(head_loss_weights, n_predict)
+    trained_PT = trained_positions(packed.loss_mask, packed.cu_seqlens, n_predict)
+    counts_P = trained_PT.sum(dim=1) if packed.head_counts is None else packed.head_counts.to(trained_PT.device)
+    if counts_P.shape[0] != n_predict:
+        raise DataError(f"head_counts must hold one count per head ({n_predict}); got {counts_P.shape[0]}.")
+
+    heads = _run_heads(speculator, packed, trained_PT)
+    sum_dtype = torch.promote_types(heads[0].outputs_ND.dtype, torch.float32)
+    scales_P = torch.tensor(weights, dtype=sum_dtype).to(trained_PT.device) / counts_P.clamp(min=1).to(sum_dtype)
+    loss, row_losses, correct = _heads_cross_entropy(speculator, packed.input_ids, heads, scales_P, chunk_size)
+
+    correct_PT = torch.zeros_like(trained_PT)
+    for head_index, head in enumerate(heads):
+        correct_PT[head_index].index_copy_(0, head.positions_N, correct[head_index])
+    loss_sums_P = torch.stack([losses.sum() for losses in row_losses])
+    return SpeculatorLoss(loss, _metric_sums(trained_PT, correct_PT, loss_sums_P))
+
+
+def speculator_metrics(sums: Mapping[str, float], n_predict: int) -> dict[str, float]:
+    """Divide summed metrics once, after every micro-batch and rank has been added.
+
+    Args:
+        sums: the totals of the metrics of `speculator_loss`.
+
+    Returns:
+        `head_{i}/loss` and `head_{i}/accuracy`; `loss`, their unweighted mean over heads; and `acceptance_length`, the
+        expected tokens per verification of greedy drafts along the training text, the target's own token included:
+        1 + the sum over i of the share of positions where heads 0 to i are all right. What has no positions is 0.
+    """
+    metrics: dict[str, float] = {}
+    acceptance_length = 1.0
+    for i in range(n_predict):
+        metrics[f"head_{i}/loss"] = _ratio(sums[f"head_{i}/loss_sum"], sums[f"head_{i}/count"])
+        metrics[f"head_{i}/accuracy"] = _ratio(sums[f"head_{i}/correct_sum"], sums[f"head_{i}/count"])
+        acceptance_length += _ratio(sums[f"prefix_{i}/correct_sum"], sums[f"prefix_{i}/count"])
+    metrics["loss"] = sum(metrics[f"head_{i}/loss"] for i in range(n_predict)) / n_predict
+    metrics["acceptance_length"] = acceptance_length
+    return metrics
+
+
+def _ratio(total: float, count: float) -> float:
+    return float(total) / float(count) if count else 0.0
+
+
+def _normalised_weights(head_loss_weights: Sequence[float] | None, n_predict: int) -> list[float]:
+    if head_loss_weights is None:
+        return [1.0 / n_predict] * n_predict
+    weights = [float(weight) for weight in head_loss_weights]
+    if len(weights) != n_predict:
+        raise ConfigError(f"head_loss_weights must hold one weight per head ({n_predict}); got {len(weights)}.")
+    total = sum(weights)
+    if min(weights) < 0 or not 0 < total < float("inf"):
+        raise ConfigError(f"head_loss_weights must be finite, not negative and not all zero; got {weights}.")
+    return [weight / total for weight in weights]
+
+
+def _run_heads(speculator: DraftsTokens, packed: PackedHiddenStates, trained_PT: Tensor) -> list[_HeadRows]:
+    # A row stays in the chain for as long as this head or a later one trains on it.
+    still_needed_PT = trained_PT.flip(0).cumsum(dim=0).flip(0) > 0
+    positions_N = still_needed_PT[0].nonzero().squeeze(1)
+    state = speculator.begin(_select(packed.hidden_states, positions_N))
+    heads = []
+    for head_index in range(speculator.n_predict):
+        kept_N = still_needed_PT[head_index][positions_N].nonzero().squeeze(1)
+        state = tuple(_select(part, kept_N) for part in state)
+        positions_N = _select(positions_N, kept_N)
+        tokens_N = head_inputs(packed.input_ids, positions_N, head_index)
+        state, outputs_ND = speculator.step(state, tokens_N, head_index)
+        trained_N = trained_PT[head_index][positions_N].nonzero().squeeze(1)
+        heads.append(_HeadRows(_select(positions_N, trained_N), _select(outputs_ND, trained_N)))
+    return heads
+
+
+def _select(tensor: Tensor, index: Tensor) -> Tensor:
+    """Rows of a tensor, where `index` is sorted and without repeats: all rows need no copy."""
+    return tensor if index.shape[0] == tensor.shape[0] else tensor.index_select(0, index)
+
+
+def _heads_cross_entropy(
+    speculator: DraftsTokens, input_ids: Tensor, heads: list[_HeadRows], scales_P: Tensor, chunk_size: int | None
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The loss, and each head's row losses [N_i] and correct [N_i]."""
+    targets = [head_targets(input_ids, head.positions_N, i) for i, head in enumerate(heads)]
+    row_weights = [scales_P[i].expand(head.positions_N.shape[0]) for i, head in enumerate(heads)]
+    if speculator.heads_are_tied:
+        # One call: the gradient of the shared matrix is then summed in place rather than once per head.
+        output = linear_cross_entropy(
+            torch.cat([head.outputs_ND for head in heads]),
+            speculator.head_weight(0),
+            torch.cat(targets),
+            torch.cat(row_weights),
+            chunk_size=chunk_size,
+        )
+        sizes = [head.positions_N.shape[0] for head in heads]
+        return output.loss, list(output.row_losses.split(sizes)), list(output.correct.split(sizes))
+    outputs = [
+        linear_cross_entropy(
+            head.outputs_ND, speculator.head_weight(i), targets[i], row_weights[i], chunk_size=chunk_size
+        )
+        for i, head in enumerate(heads)
+    ]
+    loss = torch.stack([output.loss for output in outputs]).sum()
+    return loss, [output.row_losses for output in outputs], [output.correct for output in outputs]
+
+
+def _metric_sums(trained_PT: Tensor, correct_PT: Tensor, loss_sums_P: Tensor) -> dict[str, Tensor]:
+    prefix_trained_PT = trained_PT.cumprod(dim=0)
+    prefix_correct_PT = (correct_PT & trained_PT).cumprod(dim=0)
+    columns = {
+        "head_{}/loss_sum": loss_sums_P,
+        "head_{}/count": trained_PT.sum(dim=1),
+        "head_{}/correct_sum": correct_PT.sum(dim=1),
+        "prefix_{}/count": prefix_trained_PT.sum(dim=1),
+        "prefix_{}/correct_sum": prefix_correct_PT.sum(dim=1),
+    }
+    return {name.format(i): sums_P[i].float() for i in range(trained_PT.shape[0]) for name, sums_P in columns.items()}

@@ -1,0 +1,172 @@
+"""The configuration of a speculator: what `config.json` in a speculator folder says."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from verl_speculator.errors import ConfigError
+
+ConfigT = TypeVar("ConfigT", bound="SpeculatorConfig")
+
+TORCH_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+_CONFIG_CLASSES: dict[str, type[SpeculatorConfig]] = {}
+
+
+def parse_width(value: object, name: str) -> tuple[int, ...]:
+    """Widths of a stack of layers: `1024` or `"1024"` is `(1024,)`, `"1024.2048"` is `(1024, 2048)`.
+
+    Raises:
+        ConfigError: `value` is not a positive integer or positive integers joined by dots.
+    """
+    if isinstance(value, float):
+        # YAML reads an unquoted 1024.2048 as a number, and 1024.2050 would silently lose its last digit.
+        raise ConfigError(
+            f'{name} must be an integer or a quoted string such as "1024.2048", not the number {value!r}.'
+        )
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(text, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)*", text):
+        widths = tuple(int(width) for width in text.split("."))
+        if all(width > 0 for width in widths):
+            return widths
+    raise ConfigError(
+        f'{name} must be a positive integer or positive integers joined by dots such as "1024.2048", not {value!r}.'
+    )
+
+
+def require_positive_int(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a positive integer, not {value!r}.")
+
+
+def require_bool(value: object, name: str) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, not {value!r}.")
+
+
+def require_one_of(value: object, choices: tuple[str, ...], name: str) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be {' or '.join(repr(choice) for choice in choices)}, not {value!r}.")
+
+
+@dataclass(kw_only=True)
+class SpeculatorConfig:
+    """Fields that every speculator has; a subclass adds those of its model.
+
+    A subclass names its `architectures`: the first is written to `config.json`, all of them are recognised in one.
+    `torch_dtype` is the type in which inference engines load the weights; it does not choose the training type.
+    `base_model_archs` is written when set, for engines that check which base model a speculator belongs to.
+
+    Raises:
+        ConfigError: a value that cannot work; the message begins with the name of its field.
+    """
+
+    architectures: ClassVar[tuple[str, ...]] = ()
+    model_type: ClassVar[str] = "mlp_speculator"
+
+    base_model_name_or_path: str = ""
+    input_hidden_dim: int
+    vocab_size: int
+    n_predict: int = 5
+    scale_input: bool = False
+    tie_weights: bool = True
+    torch_dtype: str = "bfloat16"
+    base_model_archs: list[str] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for architecture in cls.__dict__.get("architectures", ()):
+            _CONFIG_CLASSES[architecture] = cls
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        if not isinstance(self.base_model_name_or_path, str):
+            raise ConfigError(
+                f"base_model_name_or_path must be a model name or a path, not {self.base_model_name_or_path!r}."
+            )
+        for name in ("input_hidden_dim", "vocab_size", "n_predict"):
+            require_positive_int(getattr(self, name), name)
+        for name in ("scale_input", "tie_weights"):
+            require_bool(getattr(self, name), name)
+        require_one_of(self.torch_dtype, TORCH_DTYPES, "torch_dtype")
+        archs = self.base_model_archs
+        if archs is not None and not (isinstance(archs, list) and all(isinstance(arch, str) for arch in archs)):
+            raise ConfigError(f"base_model_archs must be a list of architecture names, not {archs!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of `config.json` in the form that other engines read."""
+        values: dict[str, Any] = {
+            "architectures": [self.architectures[0]],
+            "model_type": self.model_type,
+            "base_model_name_or_path": self.base_model_name_or_path,
+            **self._width_entries(),
+            "vocab_size": self.vocab_size,
+            "n_predict": self.n_predict,
+            "n_candidates": self.n_predict,
+            "top_k_tokens_per_head": [1] * self.n_predict,
+            "scale_input": self.scale_input,
+            "tie_weights": self.tie_weights,
+            "torch_dtype": self.torch_dtype,
+        }
+        if self.base_model_archs is not None:
+            values["base_model_archs"] = list(self.base_model_archs)
+        return values
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+        """Read the contents of a `config.json`, written here or by another engine.
+
+        On `SpeculatorConfig` the `architectures` key chooses the subclass. Keys that a speculator does not have are
+        ignored, except one that looks like a misspelt field.
+
+        Raises:
+            ConfigError: an unknown architecture, a missing key, a misspelt key or a value that cannot work.
+        """
+        config_class = cls._class_for(values.get("architectures"))
+        fields = config_class._rename_file_keys(values)
+        names = [field.name for field in dataclasses.fields(config_class) if field.init]
+        _reject_misspelt_keys(fields, names)
+        required = [field.name for field in dataclasses.fields(config_class) if field.default is dataclasses.MISSING]
+        for name in required:
+            if name not in fields:
+                raise ConfigError(f"{name} is missing and must be a positive integer.")
+        return config_class(**{name: fields[name] for name in names if name in fields})
+
+    @classmethod
+    def _class_for(cls: type[ConfigT], architectures: object) -> type[ConfigT]:
+        names = [architectures] if isinstance(architectures, str) else architectures
+        if names is None and cls is not SpeculatorConfig:
+            return cls
+        known = ", ".join(sorted(_CONFIG_CLASSES))
+        if not isinstance(names, list | tuple) or len(names) != 1 or names[0] not in _CONFIG_CLASSES:
+            raise ConfigError(f"architectures must hold one of {known}, not {architectures!r}.")
+        found = _CONFIG_CLASSES[names[0]]
+        if not issubclass(found, cls):
+            raise ConfigError(f"architectures must hold {' or '.join(cls.architectures)}, not {names[0]!r}.")
+        return found
+
+    @classmethod
+    def _rename_file_keys(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        fields = dict(values)
+        if "torch_dtype" not in fields and "dtype" in fields:
+            fields["torch_dtype"] = fields["dtype"]
+        # transformers writes null for what nobody set.
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _width_entries(self) -> dict[str, Any]:
+        return {"input_hidden_dim": self.input_hidden_dim}
+
+
+def _reject_misspelt_keys(values: Mapping[str, Any], known: list[str]) -> None:
+    absent = [name for name in known if name not in values]
+    for key in values:
+        near = [] if key in known else difflib.get_close_matches(key, absent, n=1, cutoff=0.85)
+        if near:
+            raise ConfigError(f"{key} is not a speculator setting; {near[0]} is.")

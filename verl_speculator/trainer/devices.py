@@ -1,0 +1,47 @@
+"""Configuration that follows from the device: what is left open is filled in, what cannot work is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.utils.device import get_device_name
+
+from verl_speculator.errors import ConfigError
+
+
+def apply_device(config: DictConfig) -> None:
+    """Fill in device, number types and attention for the device that verl has detected.
+
+    :raises ConfigError: a setting that this device cannot run
+    """
+    device = get_device_name()
+    if config.trainer.device not in (None, device):
+        raise ConfigError(f"trainer.device={config.trainer.device}, but verl finds {device} here: leave it null")
+    on_cpu = device == "cpu"
+    attention = OmegaConf.select(config, "model.override_config.attn_implementation")
+    if attention is None and (on_cpu or importlib.util.find_spec("flash_attn") is None):
+        attention = "sdpa"
+    with open_dict(config):
+        config.trainer.device = device
+        if attention is not None:
+            config.model.override_config.attn_implementation = attention
+        if on_cpu and config.engine.get("mixed_precision") is None:
+            config.engine.mixed_precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+        if config.engine.model_dtype is None:
+            config.engine.model_dtype = "bf16" if config.model.freeze_base_model and not on_cpu else "fp32"
+    if on_cpu:
+        _refuse_on_cpu(config)
+    if config.engine.get("ulysses_sequence_parallel_size", 1) > 1 and attention not in (None, "flash_attention_2"):
+        raise ConfigError(
+            "engine.ulysses_sequence_parallel_size above 1 needs flash attention: "
+            f"verl's sequence parallelism does not reach into {attention}"
+        )
+
+
+def _refuse_on_cpu(config: DictConfig) -> None:
+    if config.engine.strategy == "fsdp":
+        raise ConfigError("engine.strategy=fsdp cannot run on CPU: use engine.strategy=fsdp2")
+    for key in ("param_offload", "optimizer_offload", "offload_policy"):
+        if config.engine.get(key):
+            raise ConfigError(f"engine.{key}=true has no meaning on CPU: everything is there already")

@@ -1,0 +1,33 @@
+"""What every way to start a training shares: configuration, checks, and errors as one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from omegaconf import DictConfig
+
+from verl_speculator.errors import SpeculatorError
+from verl_speculator.trainer.configuration import load_config
+from verl_speculator.trainer.preflight import check_run
+
+EXIT_USER_ERROR = 2
+
+
+def run_trainer(
+    train: Callable[[DictConfig], None], overrides: Sequence[str], world_size: int | None, rank: int = 0
+) -> int:
+    """Check the configuration and train; the exit status. A user's mistake is told by rank 0 alone.
+
+    :param world_size: None takes it from ``trainer.nnodes`` and ``trainer.n_gpus_per_node``
+    """
+    try:
+        config = load_config(overrides)
+        world_size = world_size or config.trainer.nnodes * config.trainer.n_gpus_per_node
+        check_run(config, world_size, read_weights=rank == 0)
+        train(config)
+    except SpeculatorError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0

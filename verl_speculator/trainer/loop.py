@@ -1,0 +1,231 @@
+"""The training loop that the torchrun trainer and its Ray twin share."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from tensordict.tensorclass import NonTensorData
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import SFTTensorCollator
+from verl.utils.tracking import Tracking
+from verl.workers.config import TrainingWorkerConfig
+
+from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
+from verl_speculator.data.loading import PaddedEvaluation, ResumableSampler
+from verl_speculator.engine.metric_sums import SUMS_KEY
+from verl_speculator.engine.model_config import MODEL_TYPE
+from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
+
+
+class SpeculatorTrainingLoop:
+    """Mixed into verl's two ``SFTTrainer`` classes, which build configuration, dataset and workers.
+
+    A trainer gives :meth:`data_shard`, :meth:`is_logging`, :meth:`train_batch` and :meth:`infer_batch`.
+    """
+
+    config: Any
+    model_config: Any
+    train_dataset: Dataset
+    val_dataset: Dataset | None
+    ckpt_handler: RunCheckpoints
+    _adapter: SpeculatorAdapter
+
+    def data_shard(self) -> tuple[int, int]:
+        """Which part of each global batch this process loads: its rank and the number of parts."""
+        raise NotImplementedError
+
+    def data_parallel_size(self) -> int:
+        """The number of parts into which a batch is finally cut, here or by the workers."""
+        raise NotImplementedError
+
+    def is_logging(self) -> bool:
+        raise NotImplementedError
+
+    def train_batch(self, batch: Any) -> dict[str, Any] | None:
+        """Run one step; its metrics, or None on a process that has none."""
+        raise NotImplementedError
+
+    def infer_batch(self, batch: Any) -> dict[str, Any] | None:
+        raise NotImplementedError
+
+    def worker_config(self) -> TrainingWorkerConfig:
+        return TrainingWorkerConfig(
+            model_type=MODEL_TYPE,
+            model_config=self.model_config,
+            engine_config=self.engine_config,
+            optimizer_config=self.optimizer_config,
+            checkpoint_config=self.checkpoint_config,
+            profiler_config=self.profiler_config,
+        )
+
+    def _build_dataloader(self) -> None:
+        data = self.config.data
+        rank, num_shards = self.data_shard()
+        self.global_batch_size = data.train_batch_size
+        self.train_sampler = ResumableSampler(self.train_dataset, rank, num_shards, self.config.trainer.seed)
+        self.train_dataloader = DataLoader(
+            self.train_dataset,
+            batch_size=self.global_batch_size // num_shards,
+            sampler=self.train_sampler,
+            drop_last=True,
+            num_workers=data.num_workers,
+            collate_fn=SFTTensorCollator(data.pad_mode),
+        )
+        self.val_dataloader = self._build_val_dataloader(rank, num_shards) if self.val_dataset else None
+
+    def _build_val_dataloader(self, rank: int, num_shards: int) -> DataLoader:
+        data = self.config.data
+        multiple = self.data_parallel_size() * (1 if data.use_dynamic_bsz else data.micro_batch_size_per_gpu)
+        padded = PaddedEvaluation(self.val_dataset, multiple)
+        return DataLoader(
+            padded,
+            batch_size=self.global_batch_size // num_shards,
+            sampler=range(rank, len(padded), num_shards),
+            num_workers=data.num_workers,
+            collate_fn=SFTTensorCollator(data.pad_mode),
+        )
+
+    def _plan_steps(self) -> None:
+        """Steps an epoch and in all, and how often to validate and save; verl's meanings."""
+        trainer = self.config.trainer
+        self.steps_per_epoch = len(self.train_dataloader)
+        self.total_training_steps = trainer.total_training_steps or self.steps_per_epoch * trainer.total_epochs
+        self.optimizer_config.total_training_steps = self.total_training_steps
+        self.save_freq, self.test_freq = (
+            self.steps_per_epoch if freq == "after_each_epoch" else freq
+            for freq in (trainer.save_freq, trainer.test_freq)
+        )
+
+    def _build_adapter(self) -> None:
+        # Only its arithmetic on metrics is used here; the workers have adapters with a speculator.
+        self._adapter = build_speculator_adapter(self.model_config.speculator_adapter, self.model_config.speculator)
+
+    def fit(self) -> None:
+        """Train to the last step, validating and saving on the way."""
+        self._build_adapter()
+        self._tracking = self._open_tracking() if self.is_logging() else None
+        position = self.resume_position
+        if self.config.trainer.val_before_train or self.config.trainer.val_only:
+            self._validate(position.global_step)
+        if self.config.trainer.val_only:
+            return
+        for batch in self._batches(position):
+            self._log(self._train_step(batch, position), position.global_step)
+            is_last = position.global_step >= self.total_training_steps
+            if self.val_dataloader is not None and (is_last or _is_due(self.test_freq, position.global_step)):
+                self._validate(position.global_step)
+            if is_last or _is_due(self.save_freq, position.global_step):
+                folder = self.ckpt_handler.save(position)
+                if self.is_logging():
+                    tqdm.write(f"Saved {folder / 'speculator'}")
+
+    def _open_tracking(self) -> Tracking:
+        return Tracking(
+            project_name=self.config.trainer.project_name,
+            experiment_name=self.config.trainer.experiment_name,
+            default_backend=self.config.trainer.logger,
+            config=OmegaConf.to_container(self.config, resolve=True),
+        )
+
+    def _batches(self, position: Position) -> Iterator[Any]:
+        """Batches from ``position`` on, which is kept up to date, until the last step."""
+        if position.samples >= self.steps_per_epoch * self.global_batch_size:
+            position.epoch, position.samples = position.epoch + 1, 0
+        with tqdm(
+            total=self.total_training_steps,
+            initial=position.global_step,
+            desc="Training",
+            unit="step",
+            disable=not self.is_logging(),
+        ) as self._progress:
+            while position.global_step < self.total_training_steps:
+                self.train_sampler.set_epoch(position.epoch)
+                self.train_sampler.skip_once(position.samples)
+                for batch in self.train_dataloader:
+                    position.global_step += 1
+                    position.samples += self.global_batch_size
+                    yield batch
+                    self._progress.update()
+                    if position.global_step >= self.total_training_steps:
+                        return
+                position.epoch, position.samples = position.epoch + 1, 0
+
+    def _train_step(self, batch: Mapping[str, Any], position: Position) -> dict[str, float]:
+        data = self._tensordict(batch)
+        seqlens = self._get_batch_seqlens(data=data)
+        seqlens = seqlens if isinstance(seqlens, list) else seqlens.tolist()
+        tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=NonTensorData(seqlens))
+        self._profile_at(position.global_step)
+        start = time.perf_counter()
+        output = self.train_batch(data)
+        seconds = time.perf_counter() - start
+        position.total_tokens += sum(seqlens)
+        if output is None:
+            return {}
+        metrics = self._summarize(output.pop(SUMS_KEY)[0])
+        metrics = {"loss": output.pop("loss"), **metrics}
+        metrics |= {name: output.pop(name) for name in ("grad_norm", "lr", "mfu") if name in output}
+        self._progress.set_postfix(loss=f"{metrics['loss']:.3f}", accept=f"{metrics.get('acceptance_length', 0):.2f}")
+        return {
+            **{f"train/{name}": value for name, value in metrics.items()},
+            "train/global_tokens": sum(seqlens),
+            "train/total_tokens(B)": position.total_tokens / 1e9,
+            "perf/tokens_per_second": sum(seqlens) / seconds,
+            "perf/step_seconds": seconds,
+            **{name: value for name, value in output.items() if name.startswith("perf/")},
+        }
+
+    def _validate(self, global_step: int) -> None:
+        """Log the averages over the whole validation set."""
+        if self.val_dataloader is None:
+            return
+        totals: dict[str, float] = defaultdict(float)
+        for batch in self.val_dataloader:
+            output = self.infer_batch(self._tensordict(batch))
+            for name, value in (output[SUMS_KEY][0] if output is not None else {}).items():
+                totals[name] += value
+        if self.is_logging():
+            # Losses of batches do not average to that of the whole; the sums do.
+            sums = {name: value for name, value in totals.items() if name not in ("speculator_loss", "base_loss")}
+            self._log({f"val/{name}": value for name, value in self._summarize(sums).items()}, global_step)
+
+    def _summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
+        metrics = self._adapter.summarize_metrics(sums)
+        metrics |= {name: sums[name] for name in ("speculator_loss", "base_loss") if name in sums}
+        if sums.get("base/count"):
+            metrics["base_loss"] = sums["base/loss_sum"] / sums["base/count"]
+        return metrics
+
+    def _tensordict(self, batch: Mapping[str, Any]) -> Any:
+        data = self.config.data
+        settings = {
+            "use_remove_padding": self.config.model.use_remove_padding,
+            "use_dynamic_bsz": data.use_dynamic_bsz,
+            "max_token_len_per_gpu": data.max_token_len_per_gpu,
+            "micro_batch_size_per_gpu": data.micro_batch_size_per_gpu,
+            "temperature": 1.0,
+            "global_batch_size": self.global_batch_size,
+            "pad_mode": data.pad_mode,
+            "pad_token_id": self.model_config.tokenizer.pad_token_id,
+        }
+        return tu.get_tensordict(tensor_dict=dict(batch), non_tensor_dict=settings)
+
+    def _profile_at(self, global_step: int) -> None:
+        if global_step == self.start_profile_step:
+            self.training_client.start_profile()
+        if global_step == self.end_profile_step + 1 and self.end_profile_step >= 0:
+            self.training_client.stop_profile()
+
+    def _log(self, metrics: dict[str, float], global_step: int) -> None:
+        if self._tracking is not None and metrics:
+            self._tracking.log(data=metrics, step=global_step)
+
+
+def _is_due(frequency: int, step: int) -> bool:
+    return frequency > 0 and step % frequency == 0

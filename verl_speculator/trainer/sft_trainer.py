@@ -1,0 +1,83 @@
+"""Training under torchrun: ``torchrun --nproc_per_node=N -m verl_speculator.trainer.sft_trainer key=value ...``"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from verl.trainer.sft_trainer import SFTTrainer
+from verl.utils import tensordict_utils as tu
+from verl.utils.distributed import destroy_global_process_group, initialize_global_process_group
+from verl.workers.utils.losses import sft_loss
+
+from verl_speculator.platforms import cpu
+from verl_speculator.trainer.checkpoints import RunCheckpoints
+from verl_speculator.trainer.devices import apply_device
+from verl_speculator.trainer.entry import run_trainer
+from verl_speculator.trainer.loop import SpeculatorTrainingLoop
+from verl_speculator.trainer.worker import SpeculatorTrainingWorker
+
+
+class SpeculatorSFTTrainer(SpeculatorTrainingLoop, SFTTrainer):
+    """One process per rank; each loads its own part of the data and holds its own engine."""
+
+    def _build_engine(self) -> None:
+        self.training_client = SpeculatorTrainingWorker(config=self.worker_config())
+        self.training_client.set_loss_fn(loss_fn=_base_loss)
+        self.engine = self.training_client.engine
+
+    def _init_engine(self) -> None:
+        self._plan_steps()
+        self.training_client.reset()
+
+    def _build_ckpt_handler(self) -> None:
+        self.ckpt_handler = RunCheckpoints(
+            self.config, self.engine, is_writer=self.rank == 0, barrier=torch.distributed.barrier
+        )
+        self.resume_position = self.ckpt_handler.resume()
+        # verl's constructor asks the handler once more, for a step number only.
+        self.ckpt_handler.load_checkpoint = lambda: self.resume_position.global_step
+
+    def data_shard(self) -> tuple[int, int]:
+        return self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
+
+    def data_parallel_size(self) -> int:
+        return self.engine.get_data_parallel_size()
+
+    def is_logging(self) -> bool:
+        return self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
+
+    def train_batch(self, batch: Any) -> dict[str, Any] | None:
+        output = self.training_client.train_batch(data=batch)
+        self.training_client.step_profile()
+        return self._metrics(output)
+
+    def infer_batch(self, batch: Any) -> dict[str, Any] | None:
+        return self._metrics(self.training_client.infer_batch(batch))
+
+    def _metrics(self, output: Any) -> dict[str, Any] | None:
+        return tu.get(output, "metrics") if self.engine.is_mp_src_rank_with_outputs() else None
+
+
+def _base_loss(**kwargs: Any) -> Any:
+    return sft_loss(config=None, **kwargs)
+
+
+def train(config: DictConfig) -> None:
+    """Train in this process and its torchrun siblings."""
+    if cpu.is_active():
+        cpu.init_process_group()
+    else:
+        initialize_global_process_group()
+    try:
+        apply_device(config)
+        SpeculatorSFTTrainer(config=config).fit()
+    finally:
+        destroy_global_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(run_trainer(train, sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))))

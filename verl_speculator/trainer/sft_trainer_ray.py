@@ -1,0 +1,85 @@
+"""Training under Ray: ``python -m verl_speculator.trainer.sft_trainer_ray trainer.n_gpus_per_node=N key=value ...``"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from omegaconf import DictConfig
+from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
+from verl.trainer.sft_trainer_ray import SFTTrainer
+from verl.utils import tensordict_utils as tu
+
+from verl_speculator.platforms import cpu
+from verl_speculator.trainer.checkpoints import RunCheckpoints
+from verl_speculator.trainer.devices import apply_device
+from verl_speculator.trainer.entry import run_trainer
+from verl_speculator.trainer.loop import SpeculatorTrainingLoop
+from verl_speculator.trainer.sft_trainer import _base_loss
+from verl_speculator.trainer.worker import SpeculatorTrainingWorker
+
+
+class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
+    """A driver that loads the data, and a group of Ray workers that each hold an engine."""
+
+    def _build_dataloader(self) -> None:
+        super()._build_dataloader()
+        self._plan_steps()
+
+    def _build_engine(self) -> None:
+        trainer = self.config.trainer
+        pool = RayResourcePool(process_on_nodes=[trainer.n_gpus_per_node] * trainer.nnodes)
+        worker = RayClassWithInitArgs(ray.remote(SpeculatorTrainingWorker), config=self.worker_config())
+        options = {}
+        if self.start_profile_step != -1:
+            options["profile_steps"] = list(range(self.start_profile_step, self.end_profile_step + 1))
+        self.training_client = RayWorkerGroup(
+            resource_pool=pool, ray_cls_with_init=worker, device_name=trainer.device, **options
+        )
+        self.training_client.set_loss_fn(loss_fn=_base_loss)
+        self.training_client.reset()
+
+    def _build_ckpt_handler(self) -> None:
+        self.ckpt_handler = RunCheckpoints(self.config, self.training_client, is_writer=True, barrier=lambda: None)
+        self.resume_position = self.ckpt_handler.resume()
+        self.ckpt_handler.load_checkpoint = lambda: self.resume_position.global_step
+
+    def data_shard(self) -> tuple[int, int]:
+        return 0, 1
+
+    def data_parallel_size(self) -> int:
+        workers = self.config.trainer.n_gpus_per_node * self.config.trainer.nnodes
+        return workers // self.config.engine.get("ulysses_sequence_parallel_size", 1)
+
+    def is_logging(self) -> bool:
+        return True
+
+    def train_batch(self, batch: Any) -> dict[str, Any] | None:
+        return tu.get(self.training_client.train_batch(batch).get(), "metrics")
+
+    def infer_batch(self, batch: Any) -> dict[str, Any] | None:
+        return tu.get(self.training_client.infer_batch(batch).get(), "metrics")
+
+
+def train(config: DictConfig) -> None:
+    """Train with workers on the Ray cluster this process belongs to, or on one started here."""
+    started_here = not ray.is_initialized()
+    if started_here:
+        num_workers = config.trainer.n_gpus_per_node
+        ray.init(**(cpu.ray_init_args(num_workers) if cpu.is_active() else {}))
+    try:
+        apply_device(config)
+        SpeculatorSFTRayTrainer(config=config).fit()
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def main(overrides: Sequence[str]) -> int:
+    return run_trainer(train, overrides, world_size=None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
