@@ -1,34 +1,20 @@
 """The demo's base model: a Qwen2 small enough for a CPU, trained by verl's own SFT trainer."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from examples.demo.settings import BaseModelSettings, hydra_path
 from verl_speculator.errors import CheckpointError
 
-TRAIN_SCRIPT = Path(__file__).with_name("train_base.py")
+TRAIN_MODULE = "examples.demo.train_base"
 
 
-@dataclass(frozen=True)
-class BaseModelSettings:
-    """Sizes for minutes of training on two cores. The vocabulary matmul is as costly as two layers at this width."""
-
-    vocab_size: int = 2048
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    num_layers: int = 4
-    num_heads: int = 3
-    num_steps: int = 600
-    batch_size: int = 32
-    max_length: int = 512
-    learning_rate: float = 3e-3
-
-
-def initialise(tokenizer: PreTrainedTokenizerFast, settings: BaseModelSettings, folder: Path, seed: int = 0) -> int:
+def initialise(tokenizer_folder: Path, settings: BaseModelSettings, folder: Path, seed: int = 0) -> int:
     """Write an untrained model and its tokenizer as a Hugging Face folder; returns the number of parameters."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
     config = Qwen2Config(
         vocab_size=settings.vocab_size,
         hidden_size=settings.hidden_size,
@@ -52,16 +38,16 @@ def initialise(tokenizer: PreTrainedTokenizerFast, settings: BaseModelSettings, 
 def training_overrides(
     settings: BaseModelSettings, model: Path, data: Path, checkpoints: Path, num_processes: int
 ) -> list[str]:
-    """Overrides for verl's `sft_trainer_engine` config: float32 FSDP2 on CPU, packed input, one checkpoint at the end."""
+    """Overrides for verl's `sft_trainer_engine` config: float32 FSDP2 on CPU, one checkpoint at the end."""
     return [
-        f"model.path={model}",
+        f"model.path={hydra_path(model)}",
         "+model.override_config.attn_implementation=sdpa",
         "model.use_remove_padding=true",
         "model.enable_gradient_checkpointing=false",
         "engine.strategy=fsdp2",
         "engine.model_dtype=fp32",
         # Without it verl computes in bfloat16, which CPUs emulate at a tenth of the speed.
-        "engine.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
+        "+engine.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
         "engine.use_torch_compile=false",
         # Two processes on one machine copy weights through sockets: gathering them once per step is enough.
         "engine.reshard_after_forward=false",
@@ -71,7 +57,7 @@ def training_overrides(
         "optim.min_lr_ratio=0.05",
         "optim.weight_decay=0.05",
         "optim.betas=[0.9,0.98]",
-        f"data.train_files={data / 'train.parquet'}",
+        f"data.train_files={hydra_path(data / 'train.parquet')}",
         f"data.train_batch_size={settings.batch_size}",
         f"data.micro_batch_size_per_gpu={settings.batch_size // num_processes}",
         f"data.max_token_len_per_gpu={8 * settings.max_length}",
@@ -79,7 +65,7 @@ def training_overrides(
         "data.truncation=right",
         "data.num_workers=0",
         "checkpoint.save_contents=[model,hf_model]",
-        f"trainer.default_local_dir={checkpoints}",
+        f"trainer.default_local_dir={hydra_path(checkpoints)}",
         f"trainer.n_gpus_per_node={num_processes}",
         # The step count ends the training, the epochs must only not end it earlier.
         "trainer.total_epochs=1000",
@@ -89,6 +75,8 @@ def training_overrides(
         "trainer.logger=[console]",
         "trainer.resume_mode=disable",
         "trainer.device=cpu",
+        f"hydra.run.dir={hydra_path(checkpoints)}",
+        "hydra.output_subdir=null",
     ]
 
 

@@ -18,7 +18,8 @@ SPLITS = ("train", "val", "test")
 
 # Not library code (tests, demos), or not the standard library at all.
 SKIPPED_FOLDERS = frozenset(
-    "test tests idle_test idlelib lib2to3 turtledemo ensurepip lib-dynload site-packages dist-packages __pycache__".split()
+    {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
+    | {"lib-dynload", "site-packages", "dist-packages", "__pycache__"}
 )
 # Shorter bodies (`return self._x`) end before a draft can pay; longer ones cost minutes of CPU time.
 BODY_CHARS = range(60, 1001)
@@ -72,7 +73,7 @@ def split_of(module: str) -> str:
 def extract_functions(source: str, module: str) -> Iterator[FunctionExample]:
     """The documented functions and methods in `source`, with docstring and body apart.
 
-    The code is printed back from its syntax tree: without comments and with one layout for all authors, a model of a few
+    The code is printed back from its syntax tree: without comments and with one layout for all authors, a model of a
     million parameters spends its capacity on code rather than on habits of formatting.
     """
     with warnings.catch_warnings():
@@ -104,7 +105,7 @@ def _indent(code: str) -> str:
 
 
 def collect_examples(root: Path, limit: int | None = None) -> list[FunctionExample]:
-    """All usable functions below `root`, each body once; `limit` keeps the first ones in an order unrelated to names."""
+    """All usable functions below `root`, each body once; `limit` keeps the first in an order unrelated to names."""
     examples: dict[str, FunctionExample] = {}
     for path in iter_source_files(root):
         try:

@@ -78,8 +78,8 @@ def speculative_generate(
 ) -> DecodingResult:
     """Decode greedily with drafts of `num_draft_tokens` tokens (all heads, `speculator.n_predict`, when not given).
 
-    `model` is a Hugging Face causal model in eval mode; `input_ids` and `attention_mask` are `[B, S]`, padded on the left.
-    Generation of a row ends with `eos_token_id` (one or several) or after `max_new_tokens`.
+    `model` is a Hugging Face causal model in eval mode; `input_ids` and `attention_mask` are `[B, S]`, padded on the
+    left. Generation of a row ends with `eos_token_id` (one or several) or after `max_new_tokens`.
 
     Raises `ConfigError` for a number of drafts that the speculator does not have, `DataError` for a padded last column.
     """
@@ -131,7 +131,7 @@ class _Target:
 
 
 class _Batch:
-    """The rows still being decoded. All tensors have one entry per such row, `row_ids` names it in the caller's batch."""
+    """The rows still being decoded: one entry per such row in all tensors, `row_ids` says which rows they are."""
 
     def __init__(self, target: _Target, input_ids: Tensor, attention_mask: Tensor) -> None:
         self.target = target

@@ -147,6 +147,8 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
         if not self.is_base_frozen:
             # Every rank of a sequence-parallel group has computed the same base loss.
             sums["base_loss"] /= self.ulysses_sequence_parallel_size
+            sums["base/count"] = float(tu.get_non_tensor_data(data=data, key="batch_num_tokens", default=0))
+            sums["base/loss_sum"] = sums["base_loss"] * sums["base/count"]
         output["loss"] = [self._total_loss(sums)]
         output["metrics"] = {SUMS_KEY: sums}
         return output

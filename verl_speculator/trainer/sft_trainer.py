@@ -26,7 +26,7 @@ class SpeculatorSFTTrainer(SpeculatorTrainingLoop, SFTTrainer):
 
     def _build_engine(self) -> None:
         self.training_client = SpeculatorTrainingWorker(config=self.worker_config())
-        self.training_client.set_loss_fn(loss_fn=_base_loss)
+        self.training_client.set_loss_fn(loss_fn=base_loss)
         self.engine = self.training_client.engine
 
     def _init_engine(self) -> None:
@@ -62,7 +62,8 @@ class SpeculatorSFTTrainer(SpeculatorTrainingLoop, SFTTrainer):
         return tu.get(output, "metrics") if self.engine.is_mp_src_rank_with_outputs() else None
 
 
-def _base_loss(**kwargs: Any) -> Any:
+def base_loss(**kwargs: Any) -> Any:
+    """verl's SFT loss of the base model, for joint training."""
     return sft_loss(config=None, **kwargs)
 
 

@@ -17,7 +17,7 @@ from verl_speculator.trainer.checkpoints import RunCheckpoints
 from verl_speculator.trainer.devices import apply_device
 from verl_speculator.trainer.entry import run_trainer
 from verl_speculator.trainer.loop import SpeculatorTrainingLoop
-from verl_speculator.trainer.sft_trainer import _base_loss
+from verl_speculator.trainer.sft_trainer import base_loss
 from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 
 
@@ -38,7 +38,7 @@ class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
         self.training_client = RayWorkerGroup(
             resource_pool=pool, ray_cls_with_init=worker, device_name=trainer.device, **options
         )
-        self.training_client.set_loss_fn(loss_fn=_base_loss)
+        self.training_client.set_loss_fn(loss_fn=base_loss)
         self.training_client.reset()
 
     def _build_ckpt_handler(self) -> None:

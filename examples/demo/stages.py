@@ -1,0 +1,115 @@
+"""Stages of the demo: each leaves a marker when it is done and is not repeated while its settings stay the same."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SECONDS_BETWEEN_LINES = 15.0  # of progress where the output is no terminal
+
+
+class Progress:
+    """One line per stage: rewritten in place on a terminal, repeated now and then in a log."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.start = time.monotonic()
+        self._last_line = self.start
+        self._is_terminal = sys.stdout.isatty()
+
+    def update(self, text: str) -> None:
+        now = time.monotonic()
+        line = f"  {self.title:<11}{now - self.start:5.0f} s  {text}"
+        if self._is_terminal:
+            width = shutil.get_terminal_size().columns - 1
+            print("\r\x1b[K" + line[:width], end="", flush=True)
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            print(line, flush=True)
+
+    def finish(self, text: str) -> float:
+        seconds = time.monotonic() - self.start
+        end = "\r\x1b[K" if self._is_terminal else ""
+        print(f"{end}  {self.title:<11}{seconds:5.0f} s  {text}", flush=True)
+        return seconds
+
+
+class Stages:
+    """Runs stages in order below `output`. A stage that must be run again makes all later ones run again."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output / "stages"
+        self.seconds: dict[str, float] = {}
+        self._key = f"python {sys.version_info[:3]}"  # the data is this interpreter's standard library
+
+    def run(self, name: str, settings: Any, work: Callable[[Progress], str]) -> None:
+        """Do `work`, which returns what to say about it, unless it was done with these settings before."""
+        described = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
+        self._key = hashlib.sha256(f"{self._key}|{name}|{json.dumps(described, sort_keys=True)}".encode()).hexdigest()
+        marker = self.folder / f"{name}.json"
+        done = json.loads(marker.read_text()) if marker.is_file() else {}
+        progress = Progress(name)
+        if done.get("key") == self._key:
+            self.seconds[name] = 0.0
+            progress.finish(f"{done['result']} (done before)")
+            return
+        marker.unlink(missing_ok=True)
+        result = work(progress)
+        self.seconds[name] = progress.finish(result)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text(json.dumps({"key": self._key, "result": result}))
+
+
+def num_processes() -> int:
+    """One process per core up to two: small matmuls gain more from a second process than from a second thread."""
+    return min(2, os.cpu_count() or 1)
+
+
+def run_trainer(command: Sequence[str], num_steps: int, log_file: Path, progress: Progress) -> None:
+    """Run a trainer from the repository's root; its output goes to `log_file`, its steps to `progress`.
+
+    Ends the demo with the log's last lines when the trainer fails.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    threads = max(1, (os.cpu_count() or 1) // num_processes())
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    tail: deque[str] = deque(maxlen=15)
+    progress.update("starting")
+    with (
+        log_file.open("w", encoding="utf-8") as log,
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            tail.append(line)
+            if found := re.search(r"step:(\d+) - ", line):
+                progress.update(f"step {found[1]}/{num_steps}{_metrics(line)}")
+    if process.returncode != 0:
+        sys.exit(f"\n{''.join(tail)}\nThe trainer failed (exit status {process.returncode}). Its output: {log_file}")
+
+
+def _metrics(line: str) -> str:
+    """The few numbers of a console line of verl's tracker that say how the training goes."""
+    names = {"train/loss": "loss", "train/acceptance_length": "acceptance length (teacher-forced)"}
+    found = {name: re.search(rf"{name}:([\d.eE+-]+)", line) for name in names}
+    return "".join(f"  {names[name]} {float(match[1]):.2f}" for name, match in found.items() if match)

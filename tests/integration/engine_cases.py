@@ -1,0 +1,113 @@
+"""Run under torchrun: one engine per case on the same batch; writes each case's loss, metrics and gradients.
+
+usage: torchrun --nproc_per_node=N engine_cases.py CASES.json OUTPUT_FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from verl.utils import tensordict_utils as tu
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.dataset.dataset_utils import SFTTensorCollator
+from verl.workers.config import TrainingWorkerConfig
+
+from verl_speculator.engine.metric_sums import SUMS_KEY
+from verl_speculator.engine.model_config import MODEL_TYPE
+from verl_speculator.platforms import cpu
+from verl_speculator.trainer.configuration import load_config
+from verl_speculator.trainer.devices import apply_device
+from verl_speculator.trainer.sft_trainer import base_loss
+from verl_speculator.trainer.worker import SpeculatorTrainingWorker
+
+
+def build_worker(overrides: list[str]) -> tuple[SpeculatorTrainingWorker, object]:
+    config = load_config(["data.train_files=unused.parquet", "optim.total_training_steps=10", *overrides])
+    apply_device(config)
+    worker = SpeculatorTrainingWorker(
+        TrainingWorkerConfig(
+            model_type=MODEL_TYPE,
+            model_config=omega_conf_to_dataclass(config.model),
+            engine_config=omega_conf_to_dataclass(config.engine),
+            optimizer_config=omega_conf_to_dataclass(config.optim),
+            checkpoint_config=omega_conf_to_dataclass(config.checkpoint),
+            profiler_config=omega_conf_to_dataclass(config.profiler),
+        )
+    )
+    worker.set_loss_fn(base_loss)
+    worker.reset()
+    return worker, config
+
+
+def rank_batch(batch_file: str, config) -> object:
+    """This rank's share of the saved sequences, as the trainer's data loader would give it."""
+    rows = torch.load(batch_file, weights_only=True)[dist.get_rank() :: dist.get_world_size()]
+    items = [
+        {"input_ids": ids, "loss_mask": mask, "position_ids": torch.arange(ids.numel())} for ids, mask in rows
+    ]
+    settings = {
+        "use_remove_padding": config.model.use_remove_padding,
+        "use_dynamic_bsz": config.data.use_dynamic_bsz,
+        "max_token_len_per_gpu": config.data.max_token_len_per_gpu,
+        "micro_batch_size_per_gpu": config.data.micro_batch_size_per_gpu,
+        "temperature": 1.0,
+        "global_batch_size": len(rows) * dist.get_world_size(),
+        "pad_mode": "no_padding",
+        "pad_token_id": 0,
+    }
+    return tu.get_tensordict(tensor_dict=SFTTensorCollator("no_padding")(items), non_tensor_dict=settings)
+
+
+def gradients(engine) -> dict[str, torch.Tensor]:
+    named = list(engine.speculator_unit.named_parameters())
+    if not engine.is_base_frozen:
+        named += [(f"base.{name}", parameter) for name, parameter in engine.module.named_parameters()]
+    whole = {}
+    for name, parameter in named:
+        grad = parameter.grad
+        assert grad is not None, f"{name} has no gradient"
+        whole[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).contiguous()
+    return whole
+
+
+def run_case(case: dict, output: Path) -> None:
+    worker, config = build_worker(case["overrides"])
+    engine = worker.engine
+    batch = rank_batch(case["batch"], config)
+    with engine.train_mode():
+        engine.optimizer_zero_grad()
+        out = engine.forward_backward_batch(batch, base_loss)
+        grads = gradients(engine)
+        state = {
+            "loss": out["loss"][0],
+            "sums": out["metrics"][SUMS_KEY],
+            "training": engine.module.training,
+            "base_grads": [n for n, p in engine.module.named_parameters() if p.grad is not None],
+            "optimizer_params": sum(len(group["params"]) for group in engine.optimizer.param_groups),
+            "speculator_params": len(list(engine.speculator_unit.parameters())),
+            "base_modules": [name for name, _ in engine.module.named_modules()],
+        }
+    with engine.eval_mode(), torch.no_grad():
+        batch = rank_batch(case["batch"], config)
+        state["eval_loss"] = engine.forward_backward_batch(batch, base_loss, forward_only=True)["loss"][0]
+    if dist.get_rank() == 0:
+        save_file(grads, output / f"{case['name']}.safetensors")
+        (output / f"{case['name']}.json").write_text(json.dumps(state))
+
+
+def main() -> None:
+    cpu.init_process_group()
+    output = Path(sys.argv[2])
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        run_case(case, output)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

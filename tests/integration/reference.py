@@ -1,0 +1,51 @@
+"""The loss of design.md computed plainly: one process, one sequence at a time, float64, all logits held."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from verl_speculator.models import Speculator
+
+Rows = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class PlainTraining:
+    """A base model and a speculator in float64."""
+
+    def __init__(self, base_folder: Path, speculator_folder: Path) -> None:
+        self.base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float64).eval()
+        self.speculator = Speculator.from_pretrained(speculator_folder, dtype=torch.float64)
+
+    def speculator_loss(self, rows: Rows, *, detach: bool) -> torch.Tensor:
+        """Mean over heads of the mean cross entropy over each head's trained positions."""
+        n_predict = self.speculator.n_predict
+        losses: list[list[torch.Tensor]] = [[] for _ in range(n_predict)]
+        for ids, mask in rows:
+            hidden = self.base(ids.unsqueeze(0), output_hidden_states=True).hidden_states[-1]
+            hidden = hidden.detach() if detach else hidden
+            padded = F.pad(ids, (0, n_predict + 1))
+            logits = self.speculator(hidden, padded[1:].unsqueeze(0)[:, : ids.numel() + n_predict])
+            for head in range(n_predict):
+                for position in range(ids.numel()):
+                    target = position + 2 + head
+                    if target < ids.numel() and mask[target] == 1:
+                        losses[head].append(F.cross_entropy(logits[head, 0, position], ids[target]))
+        means = [torch.stack(head).mean() if head else torch.zeros((), dtype=torch.float64) for head in losses]
+        return torch.stack(means).mean()
+
+    def base_loss(self, rows: Rows) -> torch.Tensor:
+        """Mean over all trained tokens of the batch, as in verl's SFT."""
+        losses = []
+        for ids, mask in rows:
+            logits = self.base(ids.unsqueeze(0)).logits[0]
+            losses += [F.cross_entropy(logits[t - 1], ids[t]) for t in range(1, ids.numel()) if mask[t] == 1]
+        return torch.stack(losses).mean()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        named = [(f"speculator.{name}", p) for name, p in self.speculator.named_parameters()]
+        named += [(f"base.{name}", p) for name, p in self.base.named_parameters()]
+        return {name: p.grad for name, p in named if p.grad is not None}

@@ -1,0 +1,341 @@
+"""The scripts of `examples/sft`: the data they write, what they call, and what they say about mistakes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from verl_speculator.data.chat_parquet import check_chat_file
+from verl_speculator.trainer.configuration import config_dir
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+SFT = CHECKOUT / "examples" / "sft"
+TRAIN_SCRIPT = SFT / "speculator" / "run_speculator_training.sh"
+GSM8K_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator.sh"
+GSM8K_RAY_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator_ray.sh"
+SCRIPTS = [TRAIN_SCRIPT, GSM8K_SCRIPT, GSM8K_RAY_SCRIPT]
+
+CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+
+
+def run_python(name: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SFT / "gsm8k" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+
+
+def call_main(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """As `run_python`, in this process: a process of its own takes a second."""
+    sys.path.insert(0, str(SFT / "gsm8k"))
+    try:
+        module = importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+    command = list(map(str, arguments))
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        status = module.main(command)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+
+def prepare_chats(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return call_main("prepare_chat_dataset", *arguments)
+
+
+def messages_in(file: Path) -> list[list[dict[str, str]]]:
+    assert check_chat_file(str(file), "messages", "data.train_files") > 0
+    return pq.read_table(file).column("messages").to_pylist()
+
+
+def write_lines(file: Path, rows: list[object]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+# Data preparation
+
+
+def test_gsm8k_from_local_files(tmp_path: Path) -> None:
+    row = {"question": "Half of 48?", "answer": "48/2 = <<48/2=24>>24 clips\n#### 24"}
+    files = [write_lines(tmp_path / f"{split}.jsonl", [row] * count) for split, count in (("a", 3), ("b", 2))]
+    result = call_main("prepare_gsm8k", "--train", files[0], "--test", files[1], "--output", tmp_path / "data")
+    assert result.returncode == 0, result.stderr
+    train, test = (messages_in(tmp_path / "data" / f"{split}.parquet") for split in ("train", "test"))
+    assert (len(train), len(test)) == (3, 2)
+    question, answer = train[0]
+    assert question["role"] == "user"
+    assert question["content"].startswith("Half of 48? ")
+    assert answer == {"role": "assistant", "content": "48/2 = 24 clips\n#### 24"}
+
+
+def test_gsm8k_goes_where_training_looks_by_default(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [{"question": "q", "answer": "a"}])
+    result = run_python("prepare_gsm8k.py", "--train", file, "--test", file, HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / "data" / "gsm8k").iterdir()} == {"train.parquet", "test.parquet"}
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_messages_from_every_file_type(tmp_path: Path, suffix: str) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, CHAT[1]], "id": i} for i in range(20)]
+    source = tmp_path / f"chats.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    elif suffix == "json":
+        source.write_text(json.dumps(rows, indent=1))
+    else:
+        write_lines(source, rows)
+    result = prepare_chats(source, "--output", tmp_path, "--test-fraction", 0.2)
+    assert result.returncode == 0, result.stderr
+    train, test = (messages_in(tmp_path / f"{split}.parquet") for split in ("train", "test"))
+    assert (len(train), len(test)) == (16, 4)
+    assert {chat[0]["content"] for chat in train + test} == {f"{i}?" for i in range(20)}
+
+
+def test_the_split_is_shuffled_by_the_seed_alone(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, CHAT[1]]} for i in range(30)]
+    source = write_lines(tmp_path / "chats.jsonl", rows)
+    splits = []
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert prepare_chats(source, "--output", tmp_path / folder, "--seed", seed).returncode == 0
+        splits.append(messages_in(tmp_path / folder / "train.parquet"))
+    assert splits[0] == splits[1] != splits[2]
+
+
+def test_share_gpt_conversations(tmp_path: Path) -> None:
+    conversation = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "2 + 2?"},
+        {"from": "gpt", "value": "4"},
+    ]
+    unanswered = {"conversations": conversation[:2]}
+    source = write_lines(tmp_path / "chats.jsonl", [{"conversations": conversation}] * 2 + [unanswered])
+    result = prepare_chats(
+        source, "--messages-key", "conversations", "--output", tmp_path / "data", "--test-fraction", 0
+    )
+    assert result.returncode == 0, result.stderr
+    expected = [{"role": "system", "content": "Be brief."}, *CHAT]
+    assert messages_in(tmp_path / "data" / "train.parquet") == [expected] * 2
+    assert "1 of 3 rows" in result.stdout
+    assert not (tmp_path / "data" / "test.parquet").exists()
+
+
+def test_prompts_and_responses_with_a_test_file_of_their_own(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
+    train.write_text('rules,ask,say\nBe brief.,2 + 2?,4\n,"a, b?","line\nbreak"\n')
+    test.write_text("rules,ask,say\n,1 + 1?,2\n")
+    keys = ["--prompt-key", "ask", "--response-key", "say", "--system-key", "rules"]
+    result = prepare_chats(train, "--test-source", test, *keys, "--output", tmp_path / "data")
+    assert result.returncode == 0, result.stderr
+    assert messages_in(tmp_path / "data" / "train.parquet") == [
+        [{"role": "system", "content": "Be brief."}, *CHAT],
+        [{"role": "user", "content": "a, b?"}, {"role": "assistant", "content": "line\nbreak"}],
+    ]
+    assert messages_in(tmp_path / "data" / "test.parquet")[0][1]["content"] == "2"
+
+
+def test_a_data_set_that_the_datasets_library_loads(tmp_path: Path) -> None:
+    # A folder goes the way of a name on the hub, without a network.
+    for split in ("train", "test"):
+        write_lines(tmp_path / f"{split}.jsonl", [{"messages": [{"role": "user", "content": split}, CHAT[1]]}] * 2)
+    result = run_python(
+        *("prepare_chat_dataset.py", tmp_path, "--test-split", "test", "--output", tmp_path / "out"),
+        HF_HOME=str(tmp_path / "cache"),
+        HF_HUB_OFFLINE="1",
+    )
+    assert result.returncode == 0, result.stderr
+    for split in ("train", "test"):
+        assert messages_in(tmp_path / "out" / f"{split}.parquet")[0][0]["content"] == split
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "said"),
+    [
+        ([], [], "has no rows"),
+        ([{"text": "hi"}], [], "has no column 'messages', only text"),
+        ([{"messages": "hi"}], [], "row 1 of .* must be a list of messages, not str"),
+        ([{"messages": ["hi"]}], [], "must hold messages, not str"),
+        ([{"messages": [{"speaker": "a", "text": "b"}]}], [], "keys speaker, text; it needs role and content"),
+        ([{"messages": [{"role": "alien", "content": "b"}]}], [], "message of 'alien'; known are system, user"),
+        ([{"messages": CHAT[:1]}], [], "no conversation with an answer"),
+        ([{"messages": CHAT}], [], "1 usable conversations are too few"),
+        ([{"messages": CHAT}] * 2, ["--test-fraction", "1"], "--test-fraction must be at least 0 and less than 1"),
+        ([{"q": 1, "a": "b"}], ["--prompt-key", "q", "--response-key", "a"], "column 'q' .* must hold text, not int"),
+        ([{"q": "a"}], ["--prompt-key", "q"], "--prompt-key and --response-key go together"),
+        ([{"messages": CHAT}], ["--test-split", "test"], "--test-source"),
+    ],
+)
+def test_mistakes_in_data_end_in_one_sentence(
+    tmp_path: Path, rows: list[object], arguments: list[str], said: str
+) -> None:
+    result = prepare_chats(write_lines(tmp_path / "chats.jsonl", rows), "--output", tmp_path / "out", *arguments)
+    assert_one_error(result, said)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("gone.jsonl", None, "there is no file"),
+        ("broken.jsonl", '{"messages": []}\n{"mess', "is not JSON at line 2"),
+        ("broken.parquet", "no parquet", "cannot be read"),
+        ("list.json", "[1, 2]", "must hold JSON objects, not int"),
+        ("chats.txt", "hello", "must end in one of"),
+    ],
+)
+def test_unreadable_files_end_in_one_sentence(tmp_path: Path, name: str, content: str | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert_one_error(prepare_chats(tmp_path / name, "--output", tmp_path / "out"), said)
+
+
+def test_gsm8k_rows_of_another_shape_end_in_one_sentence(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "q"}])
+    result = call_main("prepare_gsm8k", "--train", file, "--test", file, "--output", tmp_path / "out")
+    assert_one_error(result, "has no column 'question', only prompt")
+    assert_one_error(call_main("prepare_gsm8k", "--train", file), "--train and --test go together")
+
+
+# Shell scripts
+
+
+@pytest.fixture
+def recorder(tmp_path: Path) -> Path:
+    """A folder to put on PATH, whose `verl-speculator` and `torchrun` print what they were called with."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("verl-speculator", "torchrun"):
+        file = folder / name
+        file.write_text(f'#!/bin/sh\necho {name}\nfor a in "$@"; do echo "$a"; done\n')
+        file.chmod(0o755)
+    return folder
+
+
+def run_script(
+    script: Path | str, *arguments: str, path: Path, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PATH": f"{path}:/usr/bin:/bin", **environment}
+    return subprocess.run([str(script), *arguments], capture_output=True, text=True, env=env, cwd=cwd, check=False)
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, SFT / "common.sh"], ids=lambda script: script.name)
+def test_scripts_are_sound(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.name == "common.sh" or script.stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+@pytest.mark.parametrize(
+    "arguments", [[], ["2"], ["0", "out"], ["two", "out"], ["2", "data.train_files=a.parquet"], ["2", "--help"]]
+)
+def test_wrong_arguments_show_the_usage(script: Path, arguments: list[str], recorder: Path, tmp_path: Path) -> None:
+    result = run_script(script, *arguments, path=recorder, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == f"usage: {script.name} NPROC SAVE_PATH [key=value ...]\n"
+
+
+@pytest.mark.parametrize("where", ["own folder", "elsewhere"])
+def test_training_script_hands_everything_on(where: str, recorder: Path, tmp_path: Path) -> None:
+    own = where == "own folder"
+    script = f"./{TRAIN_SCRIPT.name}" if own else TRAIN_SCRIPT
+    overrides = ["model.partial_pretrain=BASE", "model.speculator.inner_dim=1024.2048", "optim.lr=5e-5"]
+    cwd = TRAIN_SCRIPT.parent if own else tmp_path
+    result = run_script(script, "2", "./speculator-lstm", *overrides, path=recorder, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    expected = ["verl-speculator", "train", "--nproc", "2", "trainer.default_local_dir='./speculator-lstm'", *overrides]
+    assert result.stdout.splitlines() == expected
+
+
+def test_training_script_finds_the_environment_of_the_checkout(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    copied = checkout / TRAIN_SCRIPT.relative_to(CHECKOUT)
+    copied.parent.mkdir(parents=True)
+    for source in (TRAIN_SCRIPT, SFT / "common.sh"):
+        target = checkout / source.relative_to(CHECKOUT)
+        target.write_text(source.read_text())
+        target.chmod(0o755)
+    result = run_script(copied, "1", "out", path=tmp_path, cwd=tmp_path)
+    assert_one_error(result, "verl-speculator is neither on PATH nor in the checkout's .venv")
+    command = checkout / ".venv" / "bin" / "verl-speculator"
+    command.parent.mkdir(parents=True)
+    command.write_text("#!/bin/sh\necho found\n")
+    command.chmod(0o755)
+    assert run_script(copied, "1", "out", path=tmp_path, cwd=tmp_path).stdout == "found\n"
+
+
+def test_a_folder_name_with_odd_characters_survives_hydra(recorder: Path, tmp_path: Path) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    folder = "it's, a {folder}\\ = here"
+    result = run_script(TRAIN_SCRIPT, "1", folder, path=recorder, cwd=tmp_path)
+    override = OverridesParser.create().parse_override(result.stdout.splitlines()[-1])
+    assert override.value() == folder
+
+
+def test_gsm8k_scripts_differ_in_the_launcher_only(recorder: Path, tmp_path: Path) -> None:
+    data = {"DATA_DIR": str(tmp_path)}
+    plain, ray = (
+        run_script(script, "2", "out", "optim.lr=1e-3", path=recorder, cwd=tmp_path, **data).stdout.splitlines()
+        for script in (GSM8K_SCRIPT, GSM8K_RAY_SCRIPT)
+    )
+    assert plain[:5] == ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "verl_speculator.trainer.sft_trainer"]
+    assert ray[:5] == ["verl-speculator", "train", "--ray", "--nproc", "2"]
+    names = [[line for line in lines[5:] if "experiment_name" not in line] for lines in (plain, ray)]
+    assert names[0] == names[1]
+    assert f"data.train_files='{tmp_path}/train.parquet'" in plain
+    assert plain[-1] == "optim.lr=1e-3"
+
+
+def test_gsm8k_script_on_several_machines(recorder: Path, tmp_path: Path) -> None:
+    machine = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host-0"}
+    lines = run_script(GSM8K_SCRIPT, "4", "out", path=recorder, cwd=tmp_path, **machine).stdout.splitlines()
+    addressed = ["--nnodes=2", "--node_rank=1", "--master_addr=host-0", "--master_port=29500", "--nproc_per_node=4"]
+    assert lines[1:6] == addressed
+    result = run_script(GSM8K_SCRIPT, "4", "out", path=recorder, cwd=tmp_path, NNODES="2")
+    assert result.returncode != 0
+    assert "NODE_RANK" in result.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_settings_in_scripts_exist(script: Path, recorder: Path, tmp_path: Path) -> None:
+    from verl_speculator.trainer.configuration import load_config
+
+    lines = run_script(script, "2", str(tmp_path / "out"), path=recorder, cwd=tmp_path).stdout.splitlines()
+    config = load_config([line for line in lines if "=" in line and not line.startswith("--")])
+    assert config.trainer.default_local_dir == str(tmp_path / "out")
+
+
+# README
+
+
+def test_the_readme_gives_the_configuration_its_real_defaults() -> None:
+    rows = re.findall(r"^\| `([a-z_.0-9]+)` \| `?([^|`]+)`? \|", (CHECKOUT / "README.md").read_text(), re.MULTILINE)
+    settings = yaml.safe_load((config_dir() / "speculator_sft.yaml").read_text())
+    assert len(rows) > 20
+    checked = 0
+    for key, said in rows:
+        node = settings
+        for part in key.split("."):
+            node = node.get(part, None) if isinstance(node, dict) and part in node else ...
+        if node is ... or said == "required":
+            continue
+        assert yaml.safe_load(said) == node, key
+        checked += 1
+    assert checked > 15
+
+
+def assert_one_error(result: subprocess.CompletedProcess[str], said: str) -> None:
+    assert result.returncode == 2
+    assert re.fullmatch(rf"error: .*{said}.*\n", result.stderr), result.stderr
