@@ -237,7 +237,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--untied", action="store_true", help="a vocabulary matrix of its own for every head")
     parser.add_argument("--chunk-size", type=int, help="rows of logits at a time in `ours`; chosen when left out")
     parser.add_argument("--variants", nargs="+", help="only these")

@@ -35,34 +35,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=_TRAIN_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("--nproc", type=int, default=None, help="processes (GPUs) on this machine; default: its GPUs or 1")
+    train.add_argument("--nproc", type=int, help="processes on this machine; default: one for each GPU, at least 1")
     train.add_argument("--ray", action="store_true", help="run the workers under Ray instead of torchrun")
     train.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if any(text.startswith("-") for text in rest) or (args.command is None and rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.version:
         from verl_speculator import __version__
 
         print(__version__)
         return 0
     if args.command == "train":
-        return _train(args)
+        # argparse takes no overrides that come after an option.
+        return _train(args, [*args.overrides, *rest])
     parser.print_help()
     return 0
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from omegaconf import OmegaConf
 
     from verl_speculator.errors import SpeculatorError
     from verl_speculator.trainer.configuration import load_config
     from verl_speculator.trainer.launch import launch
 
+    # As under torchrun: an adapter in the current folder can be named.
+    sys.path.insert(0, os.getcwd())
     try:
         if args.print_config:
-            print(OmegaConf.to_yaml(load_config(args.overrides)), end="")
+            print(OmegaConf.to_yaml(load_config(overrides)), end="")
             return 0
-        return launch(args.overrides, num_processes=args.nproc, use_ray=args.ray)
+        launch(overrides, num_processes=args.nproc, use_ray=args.ray)
     except SpeculatorError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,8 +21,8 @@ class BaseModelSettings:
     hidden_size: int = 128
     intermediate_size: int = 384
     num_layers: int = 3
-    num_heads: int = 4
-    num_steps: int = 600
+    num_heads: int = 2
+    num_steps: int = 480
     batch_size: int = 16
     max_length: int = 512
     learning_rate: float = 4e-3

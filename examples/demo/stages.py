@@ -50,25 +50,28 @@ class Stages:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.folder = output / "stages"
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # of each stage, in the run that did it
         self._key = f"python {sys.version_info[:3]}"  # the data is this interpreter's standard library
 
-    def run(self, name: str, settings: Any, work: Callable[[Progress], str]) -> None:
-        """Do `work`, which returns what to say about it, unless it was done with these settings before."""
+    def run(self, name: str, settings: Any, work: Callable[[Progress], str], products: Sequence[Path] = ()) -> None:
+        """Do `work`, which returns what to say about it, unless it was done with these settings before.
+
+        `products` are the files it leaves: when one has gone since, the work is done again.
+        """
         described = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
         self._key = hashlib.sha256(f"{self._key}|{name}|{json.dumps(described, sort_keys=True)}".encode()).hexdigest()
         marker = self.folder / f"{name}.json"
         done = json.loads(marker.read_text()) if marker.is_file() else {}
         progress = Progress(name)
-        if done.get("key") == self._key:
-            self.seconds[name] = 0.0
+        if done.get("key") == self._key and all(product.exists() for product in products):
+            self.seconds[name] = done["seconds"]
             progress.finish(f"{done['result']} (done before)")
             return
         marker.unlink(missing_ok=True)
         result = work(progress)
         self.seconds[name] = progress.finish(result)
         self.folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps({"key": self._key, "result": result}))
+        marker.write_text(json.dumps({"key": self._key, "result": result, "seconds": self.seconds[name]}))
 
 
 def num_processes() -> int:

@@ -2,6 +2,7 @@
 
 import hydra
 import torch
+import verl  # noqa: F401  (before our platform: it loads this package as its plugin)
 from omegaconf import DictConfig
 
 from verl_speculator.platforms import cpu

@@ -1,8 +1,10 @@
+from verl_speculator.adapters.chain_adapter import ChainSpeculatorAdapter
 from verl_speculator.adapters.interface import SpeculatorAdapter, build_speculator_adapter, load_adapter_class
 from verl_speculator.adapters.lstm_adapter import LSTMSpeculatorAdapter
 from verl_speculator.adapters.mlp_adapter import MLPSpeculatorAdapter
 
 __all__ = [
+    "ChainSpeculatorAdapter",
     "LSTMSpeculatorAdapter",
     "MLPSpeculatorAdapter",
     "SpeculatorAdapter",

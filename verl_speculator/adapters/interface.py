@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from verl_speculator.errors import ConfigError
@@ -27,7 +27,13 @@ class SpeculatorAdapter(ABC):
     An adapter knows nothing of engines, ranks or padding: it sees :class:`PackedHiddenStates` only. The engine sets
     :attr:`speculator` to what :meth:`build_speculator_module` returned, or to the one loaded from
     ``model.speculator_path``, and shards its parameters in place.
+
+    Attributes:
+        settings: ``model.speculator``, as given by the user over the defaults.
+        speculator_class: what may be loaded from ``model.speculator_path``; anything if a subclass does not say.
     """
+
+    speculator_class: ClassVar[type[Speculator]] = Speculator  # type: ignore[type-abstract]
 
     speculator: Speculator
 
@@ -35,9 +41,8 @@ class SpeculatorAdapter(ABC):
         self.settings = dict(settings)
         self.validate_settings()
 
-    @abstractmethod
-    def validate_settings(self) -> None:
-        """Raise :class:`ConfigError` naming the key if ``model.speculator`` cannot work. No model is loaded yet."""
+    def validate_settings(self) -> None:  # noqa: B027 - nothing to check is a right answer
+        """Raise :class:`ConfigError` naming the key if :attr:`settings` cannot work. No model is loaded yet."""
 
     @abstractmethod
     def build_speculator_module(self, model: nn.Module) -> Speculator:
@@ -57,7 +62,7 @@ class SpeculatorAdapter(ABC):
 
         With ``packed.head_counts`` set, the losses of all micro-batches and ranks must add up to the loss of the global
         batch: divide by those counts and not by this batch's. Metrics ending in ``_sum`` are divided by their
-        ``_count`` once, after everything has been added up.
+        ``count`` once, after everything has been added up.
         """
 
     def count_trained_positions(self, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ class SpeculatorAdapter(ABC):
         return count_trained_positions(loss_mask, cu_seqlens, self.speculator.n_predict)
 
     def summarize_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Averages from the added-up sums and counts of :meth:`compute_speculator_loss`."""
+        """Averages from the added-up sums and counts of :meth:`compute_speculator_loss`; needs no speculator."""
         heads = [key for key in sums if key.startswith("head_") and key.endswith("/count")]
         return speculator_metrics(sums, len(heads))
 
@@ -82,17 +87,24 @@ def build_speculator_adapter(spec: Any, settings: Mapping[str, Any]) -> Speculat
 def load_adapter_class(spec: Any) -> type[SpeculatorAdapter]:
     """Find the class without building it; errors as in :func:`build_speculator_adapter`."""
     if isinstance(spec, str):
-        found = _import_name(spec)
+        name, found = spec, _import_name(spec)
     elif isinstance(spec, Mapping) and set(spec) == {"fqn"}:
-        found = _import_name(str(spec["fqn"]))
+        name = str(spec["fqn"])
+        found = _import_name(name)
     elif isinstance(spec, Mapping) and set(spec) == {"path", "name"}:
-        found = _import_from_file(Path(str(spec["path"])).expanduser(), str(spec["name"]))
+        name = str(spec["name"])
+        found = _import_from_file(Path(str(spec["path"])).expanduser(), name)
     else:
         raise ConfigError(
             f"{ADAPTER_KEY} must be a dotted name, {{fqn: dotted.name}} or {{path: file.py, name: Class}}, got {spec!r}"
         )
     if not (isinstance(found, type) and issubclass(found, SpeculatorAdapter)):
-        raise ConfigError(f"{ADAPTER_KEY}: {spec!r} is not a subclass of verl_speculator.adapters.SpeculatorAdapter")
+        raise ConfigError(
+            f"{ADAPTER_KEY}: {name!r} is no adapter; name a subclass of verl_speculator.adapters.SpeculatorAdapter"
+        )
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ConfigError(f"{ADAPTER_KEY}: {name!r} is no complete adapter; it must define {missing}")
     return found
 
 
@@ -101,9 +113,13 @@ def _import_name(name: str) -> Any:
     if not module_name:
         raise ConfigError(f"{ADAPTER_KEY} must be a full dotted name such as package.module.Class, got {name!r}")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{ADAPTER_KEY}: {name!r} cannot be imported ({error})") from error
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        # A user's module is run here, and can fail in any way.
+        raise ConfigError(f"{ADAPTER_KEY}: {name!r} cannot be imported ({_reason(error)})") from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"{ADAPTER_KEY}: {name!r} cannot be imported (module {module_name} has no {attribute!r})")
+    return getattr(module, attribute)
 
 
 def _import_from_file(path: Path, name: str) -> Any:
@@ -122,25 +138,11 @@ def _import_from_file(path: Path, name: str) -> Any:
             module_spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[module_name]
-            raise ConfigError(f"{ADAPTER_KEY}: {str(path)!r} cannot be imported ({error})") from error
+            raise ConfigError(f"{ADAPTER_KEY}: {str(path)!r} cannot be imported ({_reason(error)})") from error
     if not hasattr(module, name):
         raise ConfigError(f"{ADAPTER_KEY}: {str(path)!r} has no class {name!r}")
     return getattr(module, name)
 
 
-def packed_logits(speculator: Speculator, packed: PackedHiddenStates) -> Tensor:
-    """Every head's logits ``[n_predict, T, V]`` on a packed batch, teacher-forced with the batch's own tokens.
-
-    Tokens past the end of a sequence are its last one: no trained position reads them.
-    """
-    last = packed.cu_seqlens[1:] - 1
-    length = packed.cu_seqlens.diff()
-    last_of_position = torch.repeat_interleave(last, length)
-    position = torch.arange(packed.input_ids.numel(), device=last.device)
-    state = speculator.begin(packed.hidden_states)
-    logits = []
-    for head in range(speculator.n_predict):
-        read_at = torch.minimum(position + 1 + head, last_of_position)
-        state, output = speculator.step(state, packed.input_ids[read_at], head)
-        logits.append(output @ speculator.head_weight(head).T)
-    return torch.stack(logits)
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -14,6 +15,36 @@ from verl_speculator.models import SpeculatorConfig
 SECTION = "model.speculator"
 ConfigT = TypeVar("ConfigT", bound=SpeculatorConfig)
 
+# The run's configuration always has these, with these values unless a user set them (a test compares the file).
+SHARED_DEFAULTS: Mapping[str, Any] = {
+    "n_predict": 5,
+    "inner_dim": 1024,
+    "emb_dim": 1024,
+    "proj_dim": 1024,
+    "scale_input": False,
+    "tie_weights": True,
+    "tie_lstm_embs": False,
+    "method": "sum_rnn",
+}
+# Fields of a speculator's configuration that come from the base model.
+_BASE_FIELDS = ("input_hidden_dim", "vocab_size", "base_model_name_or_path", "base_model_archs")
+
+
+def own_settings(config_class: type[SpeculatorConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that ``config_class`` has a field for.
+
+    :raises ConfigError: a key that it does not have, unless that is a shared one which nobody has given a meaning:
+        left at its default, or a width made equal to ``inner_dim``
+    """
+    known = [field.name for field in dataclasses.fields(config_class) if field.name not in _BASE_FIELDS]
+    check_keys(settings, (*known, *SHARED_DEFAULTS))
+    for key, default in SHARED_DEFAULTS.items():
+        value = settings.get(key, default)
+        follows_inner_dim = key.endswith("_dim") and "inner_dim" in known and value == settings.get("inner_dim")
+        if key not in known and value != default and not follows_inner_dim:
+            raise ConfigError(f"{SECTION}.{key} is not a setting of this speculator: leave it out")
+    return {key: value for key, value in settings.items() if key in known}
+
 
 def check_keys(settings: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise :class:`ConfigError` with the nearest right name for the first key that is not known."""
@@ -21,7 +52,7 @@ def check_keys(settings: Mapping[str, Any], known: Iterable[str]) -> None:
     for key in settings:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(sorted(names))}"
+            hint = f"; did you mean {SECTION}.{near[0]}?" if near else f"; it has {', '.join(sorted(set(names)))}"
             raise ConfigError(f"{SECTION}.{key} is not a setting of this speculator{hint}")
 
 
@@ -35,7 +66,7 @@ def build_config(config_class: type[ConfigT], settings: Mapping[str, Any], **siz
 
 def base_model_sizes(model: nn.Module) -> dict[str, Any]:
     """What a speculator takes over from its base model: hidden size, vocabulary size and name."""
-    config = model.config
+    config: Any = model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return {
         "input_hidden_dim": text_config.hidden_size,
@@ -45,14 +76,23 @@ def base_model_sizes(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_base_sizes(speculator_config: SpeculatorConfig, hidden_size: int, vocab_size: int, path: str) -> None:
-    """Raise :class:`ConfigError` if a speculator was trained for another hidden size or vocabulary than the base has."""
+def check_base_sizes(
+    speculator_config: SpeculatorConfig,
+    hidden_size: int,
+    vocab_size: int,
+    path: str,
+    key: str = "model.speculator_path",
+) -> None:
+    """Raise :class:`ConfigError` if a speculator was trained for another hidden size or vocabulary than the base has.
+
+    :param key: what named the speculator's ``path``
+    """
     for name, own, wanted in (
         ("hidden size", speculator_config.input_hidden_dim, hidden_size),
         ("vocabulary size", speculator_config.vocab_size, vocab_size),
     ):
         if own != wanted:
             raise ConfigError(
-                f"model.speculator_path: the speculator in {path!r} was trained for {name} {own}, "
-                f"and the base model has {wanted}"
+                f"{key}: the speculator in {path!r} was trained for {name} {own} and the base model has {wanted}; "
+                "give the base model that it was trained on"
             )

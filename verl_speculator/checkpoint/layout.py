@@ -7,17 +7,21 @@
         global_step_N/
             speculator/      config.json, model.safetensors, pytorch_model.bin
             huggingface/     the base model (joint training only)
-            resume/          optimizer, scheduler, random states, data position
+            resume/          optimizer, scheduler, random states, data position; checksums of speculator/ and resume/
             run_config.yaml
 
-A checkpoint is written to a hidden folder beside its final place and renamed when every process has finished.
+A checkpoint is written to a hidden folder beside its final place. When every process has finished, a commit record
+with its step is written, the folder is renamed and the record becomes the tracker file. A run killed after the record
+was written has a checkpoint that is complete, and :func:`clean_up` ends the commit; one killed before has none.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
@@ -26,13 +30,20 @@ SPECULATOR_FOLDER = "speculator"
 BASE_FOLDER = "huggingface"
 RESUME_FOLDER = "resume"
 RUN_CONFIG_FILE = "run_config.yaml"
+CHECKSUMS_FILE = f"{RESUME_FOLDER}/checksums.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
+_COMMIT_RECORD = ".commit"
 _STEP_FOLDER = re.compile(r"global_step_(\d+)")
+_READ_SIZE = 1 << 22
 
 
 def step_folder(root: str | os.PathLike[str], step: int) -> Path:
     return Path(root) / f"global_step_{step}"
+
+
+def staging_folder(root: str | os.PathLike[str], step: int) -> Path:
+    return Path(root) / f".global_step_{step}.partial"
 
 
 def step_of(folder: str | os.PathLike[str]) -> int:
@@ -45,26 +56,33 @@ def step_of(folder: str | os.PathLike[str]) -> int:
 def open_staging(root: str | os.PathLike[str], step: int) -> Path:
     """An empty folder in which to write the checkpoint of ``step``; what a killed run left there is removed."""
     staging = staging_folder(root, step)
-    shutil.rmtree(staging, ignore_errors=True)
+    if staging.exists():
+        shutil.rmtree(staging)
     staging.mkdir(parents=True)
     return staging
 
 
 def commit(root: str | os.PathLike[str], step: int) -> Path:
     """Move a finished staging folder to its final place and make it the newest checkpoint."""
-    staging, final, replaced = staging_folder(root, step), step_folder(root, step), _replaced(root, step)
+    staging, record = staging_folder(root, step), Path(root) / _COMMIT_RECORD
+    _write_checksums(staging)
     _sync_tree(staging)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    staging.rename(final)
-    shutil.rmtree(replaced, ignore_errors=True)
-    tracker = Path(root) / TRACKER_FILE
-    written = tracker.with_suffix(".partial")
-    written.write_text(str(step))
-    os.replace(written, tracker)
+    record.write_text(str(step))
+    _sync(record)
     _sync(Path(root))
-    return final
+    _finish_commit(root, step)
+    return step_folder(root, step)
+
+
+def clean_up(root: str | os.PathLike[str]) -> None:
+    """Finish or undo what a killed run left half done. One process calls this, before anything is read."""
+    record = Path(root) / _COMMIT_RECORD
+    step = _read_step(record)
+    if step is not None:
+        _finish_commit(root, step)
+    record.unlink(missing_ok=True)
+    for leftover in Path(root).glob(".global_step_*"):
+        shutil.rmtree(leftover)
 
 
 def keep_newest(root: str | os.PathLike[str], newest_step: int, keep: int | None) -> None:
@@ -73,26 +91,32 @@ def keep_newest(root: str | os.PathLike[str], newest_step: int, keep: int | None
         return
     older = [step for step in complete_steps(root) if step <= newest_step]
     for step in older[:-keep]:
-        # Renamed first: a removal cut short must not leave something that looks like a checkpoint.
-        doomed = _replaced(root, step)
-        shutil.rmtree(doomed, ignore_errors=True)
-        step_folder(root, step).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def clean_up(root: str | os.PathLike[str]) -> None:
-    """Undo what a run killed in :func:`commit` left half done. One process calls this, before anything is read."""
-    for leftover in Path(root).glob(".global_step_*"):
-        name = leftover.name.removeprefix(".")
-        final = leftover.with_name(name.rpartition(".")[0])
-        if leftover.suffix == ".replaced" and not final.exists() and is_complete(leftover):
-            leftover.rename(final)
-        elif leftover.suffix in (".partial", ".replaced"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(_move_aside(root, step))
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / SPECULATOR_FOLDER / "config.json").is_file() and (Path(folder) / RESUME_FOLDER).is_dir()
+
+
+def check_intact(folder: str | os.PathLike[str]) -> None:
+    """Read every file that resuming needs and compare it with what was written.
+
+    :raises CheckpointError: one is missing, cut short or changed
+    """
+    advice = f"remove {folder} to go on from the checkpoint before it"
+    try:
+        expected = json.loads((Path(folder) / CHECKSUMS_FILE).read_text())
+        files = [(name, int(size), int(crc)) for name, (size, crc) in expected.items()]
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{Path(folder) / CHECKSUMS_FILE} is missing or damaged; {advice}") from error
+    for name, size, crc in files:
+        file = Path(folder) / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; {advice}")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes instead of {size}; {advice}")
+        if _crc32(file) != crc:
+            raise CheckpointError(f"{file} is damaged, its contents have changed since it was written; {advice}")
 
 
 def complete_steps(root: str | os.PathLike[str]) -> list[int]:
@@ -102,12 +126,11 @@ def complete_steps(root: str | os.PathLike[str]) -> list[int]:
 
 
 def latest_checkpoint(root: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint that the tracker file names, else the one of the highest step, else None."""
-    tracker = Path(root) / TRACKER_FILE
-    if tracker.is_file():
-        text = tracker.read_text().strip()
-        if text.isdecimal() and is_complete(step_folder(root, int(text))):
-            return step_folder(root, int(text))
+    """The checkpoint that was committed last; without a record of that the one of the highest step, if any."""
+    for name in (_COMMIT_RECORD, TRACKER_FILE):
+        step = _read_step(Path(root) / name)
+        if step is not None and is_complete(step_folder(root, step)):
+            return step_folder(root, step)
     steps = complete_steps(root)
     return step_folder(root, steps[-1]) if steps else None
 
@@ -127,16 +150,50 @@ def find_resume_path(root: str | os.PathLike[str], mode: str, path: str | None) 
     if not folder.is_dir():
         raise MissingFileError(f"trainer.resume_from_path: there is no folder {str(folder)!r}")
     if not is_complete(folder):
-        raise CheckpointError(f"trainer.resume_from_path: {str(folder)!r} is no checkpoint of a speculator training run")
+        raise CheckpointError(
+            f"trainer.resume_from_path: {str(folder)!r} is no complete checkpoint; "
+            f"one has the folders {SPECULATOR_FOLDER} and {RESUME_FOLDER}"
+        )
     return folder
 
 
-def staging_folder(root: str | os.PathLike[str], step: int) -> Path:
-    return Path(root) / f".global_step_{step}.partial"
+def _read_step(file: Path) -> int | None:
+    text = file.read_text().strip() if file.is_file() else ""
+    return int(text) if text.isdecimal() else None
 
 
-def _replaced(root: str | os.PathLike[str], step: int) -> Path:
-    return Path(root) / f".global_step_{step}.replaced"
+def _finish_commit(root: str | os.PathLike[str], step: int) -> None:
+    """The part of a commit that can be done again from any point at which it was cut off."""
+    staging, final = staging_folder(root, step), step_folder(root, step)
+    if staging.exists():
+        replaced = _move_aside(root, step) if final.exists() else None
+        staging.rename(final)
+        if replaced is not None:
+            shutil.rmtree(replaced)
+    os.replace(Path(root) / _COMMIT_RECORD, Path(root) / TRACKER_FILE)
+    _sync(Path(root))
+
+
+def _move_aside(root: str | os.PathLike[str], step: int) -> Path:
+    """Renamed before it is removed: a removal cut short must not leave something that looks like a checkpoint."""
+    doomed = Path(root) / f".global_step_{step}.old"
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    return step_folder(root, step).rename(doomed)
+
+
+def _write_checksums(folder: Path) -> None:
+    files = (file for part in (SPECULATOR_FOLDER, RESUME_FOLDER) for file in sorted((folder / part).rglob("*")))
+    sums = {str(file.relative_to(folder)): (file.stat().st_size, _crc32(file)) for file in files if file.is_file()}
+    (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n")
+
+
+def _crc32(file: Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_READ_SIZE):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def _sync_tree(folder: Path) -> None:

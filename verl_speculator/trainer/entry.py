@@ -17,7 +17,7 @@ EXIT_USER_ERROR = 2
 def run_trainer(
     train: Callable[[DictConfig], None], overrides: Sequence[str], world_size: int | None, rank: int = 0
 ) -> int:
-    """Check the configuration and train; the exit status. A user's mistake is told by rank 0 alone.
+    """Check the configuration and train; the exit status.
 
     :param world_size: None takes it from ``trainer.nnodes`` and ``trainer.n_gpus_per_node``
     """
@@ -25,9 +25,18 @@ def run_trainer(
         config = load_config(overrides)
         world_size = world_size or config.trainer.nnodes * config.trainer.n_gpus_per_node
         check_run(config, world_size, read_weights=rank == 0)
+    except SpeculatorError as error:
+        # Every rank finds the same.
+        return _report(error) if rank == 0 else EXIT_USER_ERROR
+    try:
         train(config)
     except SpeculatorError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _report(error, rank)
     return 0
+
+
+def _report(error: SpeculatorError, rank: int = 0) -> int:
+    # An error of a Ray worker arrives inside one of the same type that prints the worker's traceback too.
+    error = getattr(error, "cause", None) or error
+    print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr)
+    return EXIT_USER_ERROR

@@ -5,36 +5,55 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.configuration import load_config
 from verl_speculator.trainer.preflight import check_run
 
 
-def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> int:
+def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> NoReturn:
     """Check the run, then replace this process by the trainer's.
 
+    :param num_processes: processes on this machine, each with a device of its own; None takes one for each device
     :raises SpeculatorError: one sentence about the first thing that cannot work
     """
+    command, environment = plan(overrides, num_processes=num_processes, use_ray=use_ray)
+    sys.stdout.flush()
+    os.execve(command[0], command, environment)
+
+
+def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment with which a run that has passed all checks is to be started."""
+    config = load_config(overrides)
+    num_devices = _count_devices()
+    if num_processes is None:
+        given = any(override.lstrip("+").startswith("trainer.n_gpus_per_node=") for override in overrides)
+        num_processes = config.trainer.n_gpus_per_node if use_ray and given else max(num_devices, 1)
+    if num_processes < 1:
+        raise ConfigError(f"--nproc must be at least 1, got {num_processes}")
+    if use_ray:
+        overrides = [*overrides, f"trainer.n_gpus_per_node={num_processes}"]
+        check_run(load_config(overrides), num_processes * config.trainer.nnodes)
+        arguments = ["-m", "verl_speculator.trainer.sft_trainer_ray"]
+    else:
+        if config.trainer.nnodes != 1:
+            raise ConfigError("trainer.nnodes must be 1 here: for several machines add --ray, or run torchrun on each")
+        if num_processes > num_devices > 0:
+            raise ConfigError(f"--nproc={num_processes} is more than the {num_devices} devices of this machine")
+        check_run(config, num_processes)
+        arguments = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
+        arguments += ["-m", "verl_speculator.trainer.sft_trainer"]
+    environment = dict(os.environ)
+    if num_devices == 0:
+        # One thread pool per process, together as wide as the machine.
+        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_processes, 1)))
+    return [sys.executable, *arguments, *overrides], environment
+
+
+def _count_devices() -> int:
+    """GPUs or NPUs; verl uses no other accelerator."""
     import torch
 
-    num_processes = num_processes if num_processes is not None else max(torch.cuda.device_count(), 1)
-    if num_processes < 1:
-        raise ConfigError(f"the number of processes must be at least 1, got {num_processes}")
-    overrides = list(overrides)
-    if use_ray:
-        overrides.append(f"trainer.n_gpus_per_node={num_processes}")
-    config = load_config(overrides)
-    check_run(config, num_processes * (config.trainer.nnodes if use_ray else 1))
-    if use_ray:
-        command = ["-m", "verl_speculator.trainer.sft_trainer_ray"]
-    else:
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        command += ["-m", "verl_speculator.trainer.sft_trainer"]
-    environment = dict(os.environ)
-    if not torch.cuda.is_available():
-        # One thread pool per process, together as wide as the machine.
-        threads = max((os.cpu_count() or 1) // num_processes, 1)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-    sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, *command, *overrides], environment)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.accelerator.device_count() if accelerator is not None and accelerator.type in ("cuda", "npu") else 0

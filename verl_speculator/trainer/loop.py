@@ -169,7 +169,7 @@ class SpeculatorTrainingLoop:
         if output is None:
             return {}
         metrics = self._summarize(output.pop(SUMS_KEY)[0])
-        metrics = {"loss": output.pop("loss"), **metrics}
+        metrics["loss"] = output.pop("loss")
         metrics |= {name: output.pop(name) for name in ("grad_norm", "lr", "mfu") if name in output}
         self._progress.set_postfix(loss=f"{metrics['loss']:.3f}", accept=f"{metrics.get('acceptance_length', 0):.2f}")
         return {

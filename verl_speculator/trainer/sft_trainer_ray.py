@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +31,8 @@ class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
 
     def _build_engine(self) -> None:
         trainer = self.config.trainer
-        pool = RayResourcePool(process_on_nodes=[trainer.n_gpus_per_node] * trainer.nnodes)
+        # One worker to a device: verl reserves a CPU for every worker that may share it.
+        pool = RayResourcePool(process_on_nodes=[trainer.n_gpus_per_node] * trainer.nnodes, max_colocate_count=1)
         worker = RayClassWithInitArgs(ray.remote(SpeculatorTrainingWorker), config=self.worker_config())
         options = {}
         if self.start_profile_step != -1:
@@ -67,8 +69,9 @@ def train(config: DictConfig) -> None:
     """Train with workers on the Ray cluster this process belongs to, or on one started here."""
     started_here = not ray.is_initialized()
     if started_here:
-        num_workers = config.trainer.n_gpus_per_node
-        ray.init(**(cpu.ray_init_args(num_workers) if cpu.is_active() else {}))
+        # RAY_ADDRESS names a running cluster, which has resources of its own.
+        makes_cluster = cpu.is_active() and "RAY_ADDRESS" not in os.environ
+        ray.init(**(cpu.ray_init_args(config.trainer.n_gpus_per_node) if makes_cluster else {}))
     try:
         apply_device(config)
         SpeculatorSFTRayTrainer(config=config).fit()

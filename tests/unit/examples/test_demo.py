@@ -1,6 +1,7 @@
 """The parts of `make demo` that need no training; the whole of it is run by tests/integration."""
 
 import json
+import time
 
 import pandas as pd
 import pytest
@@ -67,6 +68,29 @@ def test_changed_settings_repeat_the_stage_and_all_later_ones(tmp_path):
     run_stages(tmp_path, works, second={"steps": 2})
 
     assert [work.times for work in works.values()] == [1, 2, 2]
+
+
+def test_a_lost_product_repeats_its_stage(tmp_path):
+    product, work = tmp_path / "product", Work()
+    for exists in (True, True, False):
+        if exists:
+            product.touch()
+        else:
+            product.unlink()
+        Stages(tmp_path).run("first", {}, work, [product])
+
+    assert work.times == 2
+
+
+def test_the_seconds_are_those_of_the_run_that_did_the_work(tmp_path):
+    stages = Stages(tmp_path)
+    stages.run("first", {}, lambda progress: time.sleep(0.05) or "done")
+
+    again = Stages(tmp_path)
+    again.run("first", {}, Work())
+
+    assert again.seconds == stages.seconds
+    assert again.seconds["first"] >= 0.05
 
 
 def test_a_stage_that_failed_is_repeated(tmp_path):

@@ -16,12 +16,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import yaml
+from omegaconf import OmegaConf
 
 from verl_speculator.data.chat_parquet import check_chat_file
-from verl_speculator.trainer.configuration import config_dir
 
 CHECKOUT = Path(__file__).resolve().parents[3]
+README = CHECKOUT / "README.md"
 SFT = CHECKOUT / "examples" / "sft"
 TRAIN_SCRIPT = SFT / "speculator" / "run_speculator_training.sh"
 GSM8K_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator.sh"
@@ -321,19 +321,38 @@ def test_settings_in_scripts_exist(script: Path, recorder: Path, tmp_path: Path)
 
 
 def test_the_readme_gives_the_configuration_its_real_defaults() -> None:
-    rows = re.findall(r"^\| `([a-z_.0-9]+)` \| `?([^|`]+)`? \|", (CHECKOUT / "README.md").read_text(), re.MULTILINE)
-    settings = yaml.safe_load((config_dir() / "speculator_sft.yaml").read_text())
-    assert len(rows) > 20
-    checked = 0
+    from verl_speculator.trainer.configuration import load_config
+
+    rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `([^`]+)` \|", README.read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    settings = OmegaConf.to_container(load_config([]))
     for key, said in rows:
         node = settings
         for part in key.split("."):
-            node = node.get(part, None) if isinstance(node, dict) and part in node else ...
-        if node is ... or said == "required":
-            continue
-        assert yaml.safe_load(said) == node, key
-        checked += 1
-    assert checked > 15
+            node = node[part]
+        default = OmegaConf.to_container(OmegaConf.create(f"value: {said}"))["value"]
+        if key in ("data.train_files", "trainer.default_local_dir"):
+            default, node = (os.path.abspath(os.path.expanduser(path)) for path in (default, node))
+        assert node == default, key
+
+
+@pytest.mark.slow
+def test_the_python_code_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.support.tiny import VOCAB_SIZE, write_base_model
+    from verl_speculator.models import ArcticLSTMSpeculator, ArcticLSTMSpeculatorConfig
+
+    (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    config = ArcticLSTMSpeculatorConfig(
+        input_hidden_dim=32, vocab_size=VOCAB_SIZE, n_predict=3, inner_dim=8, emb_dim=8, proj_dim=8
+    )
+    ArcticLSTMSpeculator(config).save_pretrained(tmp_path / "checkpoint" / "speculator")
+    code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(write_base_model(tmp_path / "base")))
+    code = code.replace("speculator-qwen/global_step_1000", str(tmp_path / "checkpoint"))
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert capsys.readouterr().out.strip()
+    assert list(names["drafts"].shape) == [1, 3]
+    assert names["result"].acceptance_length >= 1
 
 
 def assert_one_error(result: subprocess.CompletedProcess[str], said: str) -> None:

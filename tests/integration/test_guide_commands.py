@@ -1,0 +1,59 @@
+"""The user guide's commands, through the script that it names, with a local base model and data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import REPOSITORY, run_process
+from tests.support.tiny import write_base_model, write_chats
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = REPOSITORY / "examples" / "sft" / "speculator" / "run_speculator_training.sh"
+DATA = ["data.train_files=train.parquet", "data.val_files=test.parquet"]
+COMMANDS = {
+    "speculator-checkpoints": DATA,
+    "speculator-qwen": [
+        "model.speculator.n_predict=3",
+        "model.speculator.inner_dim=512",
+        "model.speculator.emb_dim=512",
+        "model.speculator.proj_dim=512",
+        "model.speculator.method=sum_rnn",
+    ],
+    "speculator-lstm": [
+        "model.speculator.n_predict=5",
+        "model.speculator.inner_dim=1024.2048",
+        "model.speculator.emb_dim=1024.2048",
+        "model.speculator.proj_dim=1024.2048",
+        "model.speculator.method=sum_lstm",
+        "model.speculator.tie_lstm_embs=true",
+        "optim.lr=5e-5",
+        "trainer.total_epochs=3",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("guide")
+    write_base_model(folder / "BASE")
+    write_chats(folder / "train.parquet", 32)
+    write_chats(folder / "test.parquet", 5, seed=1)
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_trains_a_speculator(name: str, folder: Path) -> None:
+    # The first command names no base model: the default is one on the Hugging Face hub.
+    overrides = ["model.partial_pretrain=BASE", *DATA, *(o for o in COMMANDS[name] if o not in DATA)]
+    result = run_process(["bash", str(SCRIPT), "2", f"./{name}", *overrides], cwd=folder)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    steps = 3 if name == "speculator-lstm" else 1
+    config = json.loads((folder / name / f"global_step_{steps}" / "speculator" / "config.json").read_text())
+    wanted = dict(override.removeprefix("model.speculator.").split("=") for override in COMMANDS[name]
+                  if override.startswith("model.speculator."))
+    for key, value in wanted.items():
+        assert str(config[key]).lower() == value

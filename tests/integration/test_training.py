@@ -1,0 +1,203 @@
+"""Whole trainings under torchrun: what they log, write, resume and start from."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.tiny import write_base_model, write_chats
+from verl_speculator.checkpoint import layout
+from verl_speculator.models import Speculator
+
+pytestmark = pytest.mark.slow
+
+WIDTHS = [f"model.speculator.{name}_dim=32" for name in ("inner", "emb", "proj")]
+STEPS = 6
+CUSTOM_ADAPTER = Path(__file__).resolve().parents[2] / "examples" / "custom_adapter" / "gated_adapter.py"
+
+
+def metrics_of(stdout: str) -> dict[int, dict[str, float]]:
+    """The console logger's lines, as {step: {name: value}}; validation and training of a step come together."""
+    steps: dict[int, dict[str, float]] = {}
+    for step, line in re.findall(r"step:(\d+) - (.*)", stdout):
+        pairs = (part.rpartition(":") for part in line.split(" - "))
+        steps.setdefault(int(step), {}).update({name: float(value) for name, _, value in pairs})
+    return steps
+
+
+class Runs:
+    """A folder with a base model and data, in which trainings run one after the other under one launch."""
+
+    def __init__(self, folder: Path, torchrun) -> None:
+        self.folder = folder
+        self.torchrun = torchrun
+        self.base = write_base_model(folder / "base")
+        write_chats(folder / "train.parquet", 72)
+        write_chats(folder / "val.parquet", 13, seed=1)
+
+    def overrides(self, name: str, *more: str) -> list[str]:
+        return [
+            f"model.partial_pretrain={self.base}",
+            f"data.train_files={self.folder / 'train.parquet'}",
+            f"data.val_files={self.folder / 'val.parquet'}",
+            f"trainer.default_local_dir={self.folder / name}",
+            "data.train_batch_size=12",
+            "data.num_workers=0",
+            "optim.lr=1e-2",
+            "model.speculator.n_predict=3",
+            *WIDTHS,
+            *more,
+        ]
+
+    def run(self, num_processes: int, *runs: list[str]) -> list[dict[int, dict[str, float]]]:
+        """Metrics of each run."""
+        file = self.folder / "runs.json"
+        file.write_text(json.dumps(runs))
+        script = Path(__file__).with_name("trainer_runs.py")
+        stdout = self.torchrun(num_processes, str(script), str(file)).stdout
+        # The rank that logs prints the whole configuration at the start of each run.
+        return [metrics_of(part) for part in stdout.split("{'model': {")[1:]]
+
+    def weights(self, name: str, step: int = STEPS) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / name / f"global_step_{step}" / "speculator" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, torchrun) -> Runs:
+    return Runs(tmp_path_factory.mktemp("training"), torchrun)
+
+
+@pytest.fixture(scope="module")
+def launched(runs) -> dict[str, dict[int, dict[str, float]]]:
+    """Runs that need nothing of each other's processes, in one launch of two."""
+    lstm = ["model.speculator.method=sum_lstm", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=2"]
+    joint = ["model.freeze_base_model=false", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=3"]
+    stop = "trainer.total_training_steps=3"
+    custom = f"model.speculator_adapter={{path: {CUSTOM_ADAPTER}, name: GatedSpeculatorAdapter}}"
+    trained = f"model.speculator_path={runs.folder / 'whole' / f'global_step_{STEPS}'}"
+    table = {
+        "whole": runs.overrides("whole", *lstm, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2"),
+        "evaluated": runs.overrides("evaluated", trained, "trainer.val_only=true"),
+        "stopped": runs.overrides("stopped", *lstm, stop),
+        "resumed": runs.overrides("stopped", *lstm),
+        "joint": runs.overrides("joint", *joint),
+        "joint_stopped": runs.overrides("joint_stopped", *joint, stop),
+        "joint_resumed": runs.overrides("joint_stopped", *joint),
+        "custom": runs.overrides("custom", custom, "trainer.total_training_steps=2"),
+        "mlp": runs.overrides(
+            "mlp",
+            "model.speculator_adapter={fqn: verl_speculator.adapters.MLPSpeculatorAdapter}",
+            "model.speculator.inner_dim=32",
+            "trainer.total_training_steps=2",
+            "model.use_remove_padding=false",
+            "data.use_dynamic_bsz=false",
+            "data.micro_batch_size_per_gpu=3",
+        ),
+    }
+    return dict(zip(table, runs.run(2, *table.values()), strict=True))
+
+
+def test_logs_what_a_step_did(launched) -> None:
+    steps = launched["whole"]
+    assert sorted(steps) == list(range(1, STEPS + 1))
+    expected = {"loss", "acceptance_length", "speculator_loss", "grad_norm", "lr", "global_tokens"}
+    expected |= {f"head_{i}/{what}" for i in range(3) for what in ("loss", "accuracy")}
+    assert {f"train/{name}" for name in expected} <= set(steps[1])
+    assert steps[1]["perf/tokens_per_second"] > 0
+    heads = [steps[1][f"train/head_{i}/loss"] for i in range(3)]
+    assert steps[1]["train/loss"] == pytest.approx(sum(heads) / 3, rel=1e-5)
+    assert steps[STEPS]["train/loss"] < steps[1]["train/loss"] - 0.5
+
+
+def test_validates_on_schedule_and_at_the_end(launched) -> None:
+    steps = launched["whole"]
+    assert [step for step in steps if "val/loss" in steps[step]] == [3, STEPS]
+    assert steps[STEPS]["val/loss"] < steps[3]["val/loss"]
+
+
+def test_a_trained_speculator_is_evaluated_at_once(launched) -> None:
+    final = launched["whole"][STEPS]
+    at_once = launched["evaluated"][0]
+    for name in ("val/loss", "val/acceptance_length", "val/head_2/accuracy"):
+        assert at_once[name] == pytest.approx(final[name], rel=1e-6)
+
+
+def test_checkpoint_holds_the_speculator_and_no_base(runs, launched) -> None:
+    root = runs.folder / "whole"
+    assert layout.complete_steps(root) == [4, STEPS], "max_ckpt_to_keep=2"
+    folder = root / f"global_step_{STEPS}"
+    assert {path.name for path in folder.iterdir()} == {"speculator", "resume", "run_config.yaml"}
+    assert {path.name for path in (folder / "speculator").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+    }
+    speculator = Speculator.from_pretrained(folder)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    weights = sum(parameter.numel() for parameter in speculator.parameters()) * 4
+    # Two files of weights with tied heads written out, two Adam moments, small change.
+    assert size < 9 * weights + 300_000
+
+
+def test_stopping_and_resuming_changes_nothing(runs, launched) -> None:
+    for name, tensor in runs.weights("whole").items():
+        assert torch.equal(tensor, runs.weights("stopped")[name]), name
+    for step in range(4, STEPS + 1):
+        for name in ("train/loss", "train/grad_norm", "train/acceptance_length"):
+            assert launched["resumed"][step][name] == launched["whole"][step][name]
+    assert min(launched["resumed"]) == 4
+
+
+def test_joint_training_trains_both_and_resumes(runs, launched) -> None:
+    steps = launched["joint"]
+    for name in ("train/base_loss", "train/speculator_loss", "val/base_loss"):
+        assert name in steps[STEPS]
+    assert steps[STEPS]["train/base_loss"] < steps[1]["train/base_loss"]
+    total = steps[1]["train/base_loss"] + steps[1]["train/speculator_loss"]
+    assert steps[1]["train/loss"] == pytest.approx(total, rel=1e-5)
+    for name, tensor in runs.weights("joint").items():
+        assert torch.equal(tensor, runs.weights("joint_stopped")[name]), name
+    base = [load_file(runs.folder / run / f"global_step_{STEPS}" / "huggingface" / "model.safetensors")
+            for run in ("joint", "joint_stopped")]
+    assert all(torch.equal(base[0][name], base[1][name]) for name in base[0])
+    untrained = load_file(runs.base / "model.safetensors")
+    assert any(not torch.equal(base[0][name], untrained[name]) for name in untrained)
+
+
+def test_an_adapter_from_a_file_trains(runs, launched) -> None:
+    assert launched["custom"][2]["train/loss"] < launched["custom"][1]["train/loss"]
+    assert (runs.folder / "custom" / "global_step_2" / "speculator" / "model.safetensors").is_file()
+
+
+def test_the_mlp_speculator_trains_on_padded_batches(runs, launched) -> None:
+    assert launched["mlp"][2]["train/loss"] < launched["mlp"][1]["train/loss"]
+    config = json.loads((runs.folder / "mlp" / "global_step_2" / "speculator" / "config.json").read_text())
+    assert config["architectures"] == ["MLPSpeculatorPreTrainedModel"]
+
+
+def test_killed_in_a_save_then_resumed_is_the_uninterrupted_run(runs, launched, verl_speculator) -> None:
+    lstm = ["model.speculator.method=sum_lstm", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=2"]
+    overrides = runs.overrides("killed", *lstm)
+    script = Path(__file__).with_name("killed_run.py")
+    with pytest.raises(AssertionError, match="SIGKILL"):
+        runs.torchrun(2, str(script), *overrides)
+    root = runs.folder / "killed"
+    assert layout.complete_steps(root) == [2]
+    shutil.copytree(root, runs.folder / "killed_one_process")
+
+    [resumed] = runs.run(2, overrides)
+    assert min(resumed) == 3
+    assert {path.name for path in root.iterdir() if path.name.startswith(".")} == set()
+    for name, tensor in runs.weights("whole").items():
+        assert torch.equal(tensor, runs.weights("killed")[name]), name
+
+    [alone] = runs.run(1, runs.overrides("killed_one_process", *lstm))
+    assert min(alone) == 3
+    for name, tensor in runs.weights("whole").items():
+        torch.testing.assert_close(runs.weights("killed_one_process")[name], tensor, rtol=0, atol=2e-5)
