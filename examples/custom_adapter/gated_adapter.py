@@ -1,4 +1,4 @@
-"""A speculator type of one's own in one file: its configuration, its model and its adapter.
+r"""A speculator type of one's own in one file: its configuration, its model and its adapter.
 
 A gated recurrent unit drafts the tokens. ``gate_bias`` is a setting that only this type has. Train it with
 
