@@ -51,8 +51,9 @@ def training_overrides(
         # Without it verl computes in bfloat16, which CPUs emulate at a tenth of the speed.
         "+engine.mixed_precision={param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}",
         "engine.use_torch_compile=false",
-        # Two processes on one machine copy weights through sockets: gathering them once per step is enough.
-        "engine.reshard_after_forward=false",
+        # Two processes of one machine talk through sockets: each keeps all weights, and gradients meet once a step.
+        "engine.fsdp_size=1",
+        "engine.use_no_sync_for_gradient_accumulation=true",
         f"optim.lr={settings.learning_rate}",
         "optim.lr_scheduler_type=cosine",
         "optim.lr_warmup_steps_ratio=0.04",

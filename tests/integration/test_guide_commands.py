@@ -53,7 +53,10 @@ def test_command_trains_a_speculator(name: str, folder: Path) -> None:
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     steps = 3 if name == "speculator-lstm" else 1
     config = json.loads((folder / name / f"global_step_{steps}" / "speculator" / "config.json").read_text())
-    wanted = dict(override.removeprefix("model.speculator.").split("=") for override in COMMANDS[name]
-                  if override.startswith("model.speculator."))
+    wanted = dict(
+        override.removeprefix("model.speculator.").split("=")
+        for override in COMMANDS[name]
+        if override.startswith("model.speculator.")
+    )
     for key, value in wanted.items():
         assert str(config[key]).lower() == value

@@ -163,8 +163,10 @@ def test_joint_training_trains_both_and_resumes(runs, launched) -> None:
     assert steps[1]["train/loss"] == pytest.approx(total, rel=1e-5)
     for name, tensor in runs.weights("joint").items():
         assert torch.equal(tensor, runs.weights("joint_stopped")[name]), name
-    base = [load_file(runs.folder / run / f"global_step_{STEPS}" / "huggingface" / "model.safetensors")
-            for run in ("joint", "joint_stopped")]
+    base = [
+        load_file(runs.folder / run / f"global_step_{STEPS}" / "huggingface" / "model.safetensors")
+        for run in ("joint", "joint_stopped")
+    ]
     assert all(torch.equal(base[0][name], base[1][name]) for name in base[0])
     untrained = load_file(runs.base / "model.safetensors")
     assert any(not torch.equal(base[0][name], untrained[name]) for name in untrained)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ _SCHEDULER_FILE = "scheduler.pt"
 
 def whole_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """A sharded module's tensors, gathered on rank 0; empty on the others. Every rank must call this."""
-    return get_model_state_dict(module, options=_WHOLE)
+    return cast(dict[str, Tensor], get_model_state_dict(module, options=_WHOLE))
 
 
 def save_speculator(folder: Path, speculator: Speculator, unit: nn.Module, prefix: str) -> None:
@@ -58,7 +58,8 @@ def load_speculator(folder: Path, unit: nn.Module, prefix: str) -> None:
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise CheckpointError(failure[0])
-    set_model_state_dict(unit, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(unit, cast(dict[str, Any], whole), options=options)
 
 
 def save_training_state(
@@ -77,9 +78,7 @@ def save_training_state(
         dcp.save(get_model_state_dict(base), checkpoint_id=resume / _BASE_FOLDER)
     torch.save(_random_state(), resume / f"random_rank_{dist.get_rank()}.pt")
     if dist.get_rank() == 0:
-        torch.save(
-            {"scheduler": scheduler.state_dict(), "world_size": dist.get_world_size()}, resume / _SCHEDULER_FILE
-        )
+        torch.save({"scheduler": scheduler.state_dict(), "world_size": dist.get_world_size()}, resume / _SCHEDULER_FILE)
 
 
 def load_training_state(
@@ -113,7 +112,7 @@ def _load_optimizer(path: Path, trained: nn.Module, optimizer: torch.optim.Optim
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = cast(tuple, np.random.get_state())
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),

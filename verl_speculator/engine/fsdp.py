@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
@@ -28,8 +28,7 @@ from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
 from verl_speculator.checkpoint import load_speculator, load_training_state, save_speculator, save_training_state
 from verl_speculator.engine.base_export import save_base_model
 from verl_speculator.engine.hidden_states import (
-    HiddenStateRecorder,
-    HiddenStateTap,
+    LastHiddenStates,
     drop_padding,
     gather_sequence,
     record_lm_head_input,
@@ -37,9 +36,9 @@ from verl_speculator.engine.hidden_states import (
     share_of_sequence,
 )
 from verl_speculator.engine.metric_sums import SUMS_KEY, reduce_sums
+from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.speculator_unit import PREFIX, SpeculatorUnit, build_speculator, shard
 from verl_speculator.losses import PackedHiddenStates
-from verl_speculator.engine.model_config import MODEL_TYPE
 
 
 class _TrainMode(EngineTrainModeCtx):
@@ -65,7 +64,7 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
 
     adapter: SpeculatorAdapter
     speculator_unit: SpeculatorUnit
-    _hidden_states: HiddenStateTap | HiddenStateRecorder
+    _hidden_states: LastHiddenStates
 
     @property
     def is_base_frozen(self) -> bool:
@@ -220,10 +219,12 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
     @contextmanager
     def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Iterator[None]:
         defer = self.engine_config.use_no_sync_for_gradient_accumulation and not is_last_micro_batch
-        base = nullcontext() if self.is_base_frozen else super()._gradient_sync_context(
-            is_last_micro_batch=is_last_micro_batch
+        base = (
+            nullcontext()
+            if self.is_base_frozen
+            else super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch)
         )
-        self.speculator_unit.set_requires_gradient_sync(not defer)
+        cast(FSDPModule, self.speculator_unit).set_requires_gradient_sync(not defer)
         with base:
             yield
 

@@ -10,59 +10,54 @@ from torch import Tensor, nn
 from verl_speculator.errors import ConfigError
 
 
-class HiddenStateTap(nn.Module):
-    """Stands where ``lm_head`` stood and keeps what would have gone into it; the logits come out empty.
+class LastHiddenStates:
+    """The states that went into ``lm_head`` in the last forward pass, until they are taken."""
+
+    def __init__(self) -> None:
+        self._states: Tensor | None = None
+
+    def put(self, states: Tensor) -> None:
+        self._states = states
+
+    def take(self) -> Tensor:
+        states, self._states = self._states, None
+        if states is None:
+            raise RuntimeError("the base model's forward pass did not call its output embeddings")
+        return states
+
+
+class _Tap(nn.Module):
+    """Stands where ``lm_head`` stood; the logits come out empty.
 
     Models differ in what they do around the head (scaling, soft caps), but all call it on the states after the final
     norm, so this needs nothing of the model's own code and the vocabulary matmul never runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last: LastHiddenStates) -> None:
         super().__init__()
-        self._hidden_states: Tensor | None = None
+        self._last = last
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        self._hidden_states = hidden_states
+        self._last.put(hidden_states)
         return hidden_states[..., :0]
 
-    def take(self) -> Tensor:
-        """The states of the last forward pass, once."""
-        hidden_states, self._hidden_states = self._hidden_states, None
-        if hidden_states is None:
-            raise RuntimeError("the base model's forward pass did not call its output embeddings")
-        return hidden_states
 
-
-class HiddenStateRecorder:
-    """Keeps what goes into an ``lm_head`` that still runs, for joint training."""
-
-    def __init__(self, lm_head: nn.Module) -> None:
-        self._hidden_states: Tensor | None = None
-        lm_head.register_forward_pre_hook(self._record)
-
-    def _record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._hidden_states = args[0]
-
-    def take(self) -> Tensor:
-        hidden_states, self._hidden_states = self._hidden_states, None
-        if hidden_states is None:
-            raise RuntimeError("the base model's forward pass did not call its output embeddings")
-        return hidden_states
-
-
-def replace_lm_head(model: nn.Module) -> HiddenStateTap:
+def replace_lm_head(model: Any) -> LastHiddenStates:
     """Put a tap in the place of the head; its weights are freed unless the input embeddings share them."""
     _output_embeddings(model)
-    tap = HiddenStateTap()
-    model.set_output_embeddings(tap)
-    return tap
+    last = LastHiddenStates()
+    model.set_output_embeddings(_Tap(last))
+    return last
 
 
-def record_lm_head_input(model: nn.Module) -> HiddenStateRecorder:
-    return HiddenStateRecorder(_output_embeddings(model))
+def record_lm_head_input(model: Any) -> LastHiddenStates:
+    """Watch a head that goes on running, for joint training."""
+    last = LastHiddenStates()
+    _output_embeddings(model).register_forward_pre_hook(lambda module, args: last.put(args[0]))
+    return last
 
 
-def _output_embeddings(model: nn.Module) -> nn.Module:
+def _output_embeddings(model: Any) -> nn.Module:
     lm_head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if lm_head is None:
         raise ConfigError(f"model.path: a {type(model).__name__} has no lm_head; a causal language model is needed")

@@ -40,19 +40,21 @@ class RunCheckpoints:
         self._is_writer = is_writer
         self._barrier = barrier
         self._root = Path(config.trainer.default_local_dir)
+        self.position = Position()
         if is_writer:
             layout.clean_up(self._root)
         barrier()
 
-    def save(self, position: Position) -> Path:
-        step = position.global_step
+    def save(self) -> Path:
+        """Write the checkpoint of :attr:`position`; its folder."""
+        step = self.position.global_step
         staging = layout.staging_folder(self._root, step)
         if self._is_writer:
             layout.open_staging(self._root, step)
         self._barrier()
         self._engine.save_checkpoint(local_path=str(staging), global_step=step)
         if self._is_writer:
-            (staging / layout.RESUME_FOLDER / _POSITION_FILE).write_text(json.dumps(asdict(position)))
+            (staging / layout.RESUME_FOLDER / _POSITION_FILE).write_text(json.dumps(asdict(self.position)))
             OmegaConf.save(self._config, staging / layout.RUN_CONFIG_FILE, resolve=True)
             layout.commit(self._root, step)
             layout.keep_newest(self._root, step, self._config.trainer.max_ckpt_to_keep)
@@ -60,16 +62,20 @@ class RunCheckpoints:
         self._barrier()
         return layout.step_folder(self._root, step)
 
-    def resume(self) -> Position:
-        """Load what ``trainer.resume_mode`` asks for; position 0 if there is nothing to resume from."""
+    def load_checkpoint(self) -> int:
+        """Load what ``trainer.resume_mode`` asks for, if it is there; the step to go on from.
+
+        The name is that of verl's handler, which its trainers call once they are built.
+        """
         trainer = self._config.trainer
         folder = layout.find_resume_path(self._root, trainer.resume_mode, trainer.resume_from_path)
         if folder is None:
-            return Position()
+            return 0
         if self._is_writer:
             print(f"Resuming from {folder}")
         self._engine.load_checkpoint(str(folder))
-        return Position(**json.loads((folder / layout.RESUME_FOLDER / _POSITION_FILE).read_text()))
+        self.position = Position(**json.loads((folder / layout.RESUME_FOLDER / _POSITION_FILE).read_text()))
+        return self.position.global_step
 
     def _copy_to_hdfs(self, step: int) -> None:
         target = self._config.trainer.default_hdfs_dir

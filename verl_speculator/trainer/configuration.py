@@ -5,6 +5,7 @@ Nothing of verl is imported, so that a mistyped key is answered at once.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.trainer.overrides import check_overrides, first_line, parse_overrides, quoted
+from verl_speculator.trainer.overrides import KnownKeys, check_overrides, first_line, known_keys, parse_overrides, quoted
 
 CONFIG_NAME = "speculator_sft"
 
@@ -49,7 +50,7 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
     search_path = "hydra.searchpath=[" + quoted(f"file://{_verl_config_dir()}") + "]"
     try:
         with initialize_config_dir(str(config_dir()), version_base=None):
-            check_overrides(parsed, compose(CONFIG_NAME, [search_path]))
+            check_overrides(parsed, _known_keys(search_path))
             config = compose(CONFIG_NAME, [search_path, *(str(override.input_line) for override in parsed)])
         if {"model.path", "model.partial_pretrain"} <= {override.key_or_group for override in parsed}:
             _check_same_base_model(config)
@@ -59,6 +60,11 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
     _resolve_paths(config)
     config.model.partial_pretrain = config.model.path
     return config
+
+
+@functools.cache
+def _known_keys(search_path: str) -> KnownKeys:
+    return known_keys(compose(CONFIG_NAME, [search_path]))
 
 
 def _verl_config_dir() -> Path:

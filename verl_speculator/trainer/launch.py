@@ -9,7 +9,6 @@ from typing import NoReturn
 
 from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.preflight import check_run
 
 
 def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> NoReturn:
@@ -26,6 +25,9 @@ def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool
 def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> tuple[list[str], dict[str, str]]:
     """The command and the environment with which a run that has passed all checks is to be started."""
     config = load_config(overrides)
+    # Only now: a mistyped key is answered before torch has been loaded.
+    from verl_speculator.trainer.preflight import check_run
+
     num_devices = _count_devices()
     if num_processes is None:
         given = any(override.lstrip("+").startswith("trainer.n_gpus_per_node=") for override in overrides)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -29,10 +29,20 @@ class SpeculatorTrainingLoop:
     A trainer gives :meth:`data_shard`, :meth:`is_logging`, :meth:`train_batch` and :meth:`infer_batch`.
     """
 
+    # From verl's trainers
     config: Any
     model_config: Any
+    engine_config: Any
+    optimizer_config: Any
+    checkpoint_config: Any
+    profiler_config: Any
     train_dataset: Dataset
     val_dataset: Dataset | None
+    training_client: Any
+    start_profile_step: int
+    end_profile_step: int
+    _get_batch_seqlens: Callable[..., Any]
+
     ckpt_handler: RunCheckpoints
     _adapter: SpeculatorAdapter
 
@@ -110,7 +120,7 @@ class SpeculatorTrainingLoop:
         """Train to the last step, validating and saving on the way."""
         self._build_adapter()
         self._tracking = self._open_tracking() if self.is_logging() else None
-        position = self.resume_position
+        position = self.ckpt_handler.position
         if self.config.trainer.val_before_train or self.config.trainer.val_only:
             self._validate(position.global_step)
         if self.config.trainer.val_only:
@@ -121,7 +131,7 @@ class SpeculatorTrainingLoop:
             if self.val_dataloader is not None and (is_last or _is_due(self.test_freq, position.global_step)):
                 self._validate(position.global_step)
             if is_last or _is_due(self.save_freq, position.global_step):
-                folder = self.ckpt_handler.save(position)
+                folder = self.ckpt_handler.save()
                 if self.is_logging():
                     tqdm.write(f"Saved {folder / 'speculator'}")
 

@@ -59,9 +59,12 @@ def parse_overrides(texts: Sequence[str]) -> list[Override]:
     return [_parse(text) for text in texts]
 
 
-def check_overrides(overrides: Sequence[Override], defaults: DictConfig) -> None:
+def known_keys(defaults: DictConfig) -> KnownKeys:
+    return dict(_flatten(defaults))
+
+
+def check_overrides(overrides: Sequence[Override], known: KnownKeys) -> None:
     """Raise :class:`ConfigError` for the first override of something that the configuration does not have."""
-    known = dict(_flatten(defaults))
     for override in overrides:
         key, value = override.key_or_group, override.value()
         if override.is_delete():

@@ -37,9 +37,6 @@ class SpeculatorSFTTrainer(SpeculatorTrainingLoop, SFTTrainer):
         self.ckpt_handler = RunCheckpoints(
             self.config, self.engine, is_writer=self.rank == 0, barrier=torch.distributed.barrier
         )
-        self.resume_position = self.ckpt_handler.resume()
-        # verl's constructor asks the handler once more, for a step number only.
-        self.ckpt_handler.load_checkpoint = lambda: self.resume_position.global_step
 
     def data_shard(self) -> tuple[int, int]:
         return self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()

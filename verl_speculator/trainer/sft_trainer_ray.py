@@ -45,8 +45,6 @@ class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
 
     def _build_ckpt_handler(self) -> None:
         self.ckpt_handler = RunCheckpoints(self.config, self.training_client, is_writer=True, barrier=lambda: None)
-        self.resume_position = self.ckpt_handler.resume()
-        self.ckpt_handler.load_checkpoint = lambda: self.resume_position.global_step
 
     def data_shard(self) -> tuple[int, int]:
         return 0, 1

@@ -7,21 +7,21 @@ from omegaconf import OmegaConf
 
 from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.overrides import check_overrides, parse_overrides
+from verl_speculator.trainer.overrides import check_overrides, known_keys, parse_overrides
 
 
 @pytest.fixture(scope="module")
-def defaults():
-    return load_config([])
+def known():
+    return known_keys(load_config([]))
 
 
 @pytest.fixture
-def refused(defaults):
+def refused(known):
     """The message with which an override is refused."""
 
     def check(override: str) -> str:
         with pytest.raises(ConfigError) as caught:
-            check_overrides(parse_overrides([override]), defaults)
+            check_overrides(parse_overrides([override]), known)
         message = str(caught.value)
         assert "\n" not in message
         return message
@@ -61,11 +61,11 @@ def test_key_without_likeness_is_answered_with_what_there_is(refused) -> None:
     assert "_target_" not in refused("optim.xyz=1")
 
 
-def test_setting_of_the_speculator(refused, defaults) -> None:
+def test_setting_of_the_speculator(refused, known) -> None:
     assert "did you mean model.speculator.n_predict?" in refused("model.speculator.n_predcit=1")
     assert "did you mean model.speculator.n_predict?" in refused("model.speculator={n_predcit: 1}")
     # Another adapter may have it: that adapter says whether.
-    check_overrides(parse_overrides(["+model.speculator.n_predcit=1", "++model.speculator.depth=2"]), defaults)
+    check_overrides(parse_overrides(["+model.speculator.n_predcit=1", "++model.speculator.depth=2"]), known)
     assert "+model.speculator.depth=..." in refused("model.speculator.depth=2")
 
 
@@ -73,8 +73,8 @@ def test_setting_of_the_speculator(refused, defaults) -> None:
     "override",
     ["+data.shuffle=true", "+engine.mixed_precision.param_dtype=fp32", "+model.override_config.attn_implementation=sdpa"],
 )
-def test_what_verl_reads_without_listing_it_can_be_added(refused, defaults, override) -> None:
-    check_overrides(parse_overrides([override]), defaults)
+def test_what_verl_reads_without_listing_it_can_be_added(refused, known, override) -> None:
+    check_overrides(parse_overrides([override]), known)
     assert "add it with a plus sign, +" in refused(override[1:])
 
 
@@ -135,4 +135,4 @@ def test_dictionary_values_are_looked_into(refused) -> None:
 
 def test_interpolations_are_no_sections() -> None:
     config = OmegaConf.create({"a": {"b": 1}, "c": "${a}"})
-    check_overrides(parse_overrides(["c=1", "a.b=2"]), config)
+    check_overrides(parse_overrides(["c=1", "a.b=2"]), known_keys(config))

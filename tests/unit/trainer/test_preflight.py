@@ -192,14 +192,14 @@ def test_base_model_that_is_not_there(refused, name) -> None:
 
 def test_base_model_names_that_only_others_can_resolve(check) -> None:
     check("model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct")
-    check("model.path=hdfs://cluster/models/base")
+    check("model.partial_pretrain=hdfs://cluster/models/base")
 
 
 def test_base_model_without_weights(refused, base_copy) -> None:
     (base_copy / "model.safetensors").unlink()
     # A LoRA adapter's weights are not the model's.
     (base_copy / "adapter_model.safetensors").touch()
-    message = refused(f"model.path={base_copy}", error=MissingFileError)
+    message = refused(f"model.partial_pretrain={base_copy}", error=MissingFileError)
     assert message.startswith(f"model.path: {str(base_copy)!r} has no weights")
     assert "model.safetensors" in message
 
@@ -208,29 +208,29 @@ def test_base_model_in_parts(refused, check, base_copy) -> None:
     (base_copy / "model.safetensors").rename(base_copy / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
     (base_copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    check(f"model.path={base_copy}")
+    check(f"model.partial_pretrain={base_copy}")
     (base_copy / "model-00001-of-00001.safetensors").unlink()
-    message = refused(f"model.path={base_copy}", error=MissingFileError)
+    message = refused(f"model.partial_pretrain={base_copy}", error=MissingFileError)
     assert "model-00001-of-00001.safetensors' is missing" in message
 
 
 def test_base_model_cut_short(refused, base_copy) -> None:
     weights = base_copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "model.safetensors' is cut short" in refused(f"model.path={base_copy}")
+    assert "model.safetensors' is cut short" in refused(f"model.partial_pretrain={base_copy}")
 
 
 def test_base_model_config(refused, base_copy) -> None:
     (base_copy / "config.json").write_text("{")
-    assert "config.json' is not valid JSON" in refused(f"model.path={base_copy}")
+    assert "config.json' is not valid JSON" in refused(f"model.partial_pretrain={base_copy}")
     (base_copy / "config.json").unlink()
-    assert "has no config.json" in refused(f"model.path={base_copy}", error=MissingFileError)
+    assert "has no config.json" in refused(f"model.partial_pretrain={base_copy}", error=MissingFileError)
 
 
 def test_base_model_without_chat_template(refused, check, base_copy) -> None:
     (base_copy / "chat_template.jinja").unlink()
-    assert "has no chat template" in refused(f"model.path={base_copy}")
-    check(f"model.path={base_copy}", "model.custom_chat_template=x")
+    assert "has no chat template" in refused(f"model.partial_pretrain={base_copy}")
+    check(f"model.partial_pretrain={base_copy}", "model.custom_chat_template=x")
 
 
 def test_speculator_to_start_from(check, refused, write_speculator, tmp_path) -> None:
@@ -322,7 +322,7 @@ def test_damaged_checkpoint(refused, check, checkpoint, way, file, damage) -> No
 def test_checkpoint_of_another_base_model(refused, checkpoint, tmp_path, base_copy) -> None:
     config = json.loads((base_copy / "config.json").read_text())
     (base_copy / "config.json").write_text(json.dumps({**config, "vocab_size": 500}))
-    message = refused(f"model.path={base_copy}")
+    message = refused(f"model.partial_pretrain={base_copy}")
     assert "was trained for vocabulary size 384 and the base model has 500" in message
 
 

@@ -1,0 +1,91 @@
+"""The command as a user runs it: quick where nothing is trained, and one line for a mistake."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from verl_speculator import __version__, cli
+
+HEAVY = ("torch", "verl", "hydra", "omegaconf", "ray", "transformers", "pyarrow", "numpy")
+
+
+def run_command(*arguments: str, report_modules: str = "") -> subprocess.CompletedProcess[str]:
+    """``verl-speculator`` in a new process, which at its end prints those of the named modules that it has loaded."""
+    code = (
+        "import sys\nfrom verl_speculator.cli import main\n"
+        "try:\n    status = main(sys.argv[2:])\nexcept SystemExit as leave:\n    status = leave.code\n"
+        "print('loaded:', *sorted(set(sys.argv[1].split(',')) & set(sys.modules)))\nsys.exit(status)\n"
+    )
+    command = [sys.executable, "-c", code, report_modules, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=dict(os.environ))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], []])
+def test_help_loads_nothing_heavy(arguments) -> None:
+    result = run_command(*arguments, report_modules=",".join(HEAVY))
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1] == "loaded:"
+    assert result.stdout.startswith(__version__ if "--version" in arguments else "usage: verl-speculator")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("model.speculator.n_predict=0", "model.speculator.n_predict must be a positive integer, not 0."),
+        ("trainer.total_epoch=3", "trainer.total_epoch is not a configuration key; did you mean trainer.total_epochs?"),
+        ("data.train_files=absent.parquet", "data.train_files: 'absent.parquet' does not exist"),
+    ],
+)
+def test_mistake_ends_at_once_in_one_line(override, reason, base_model, chat_data, tmp_path) -> None:
+    result = run_command(
+        "train",
+        f"model.partial_pretrain={base_model}",
+        f"data.train_files={chat_data.train}",
+        f"trainer.default_local_dir={tmp_path}",
+        override,
+        report_modules="verl,ray,transformers",
+    )
+    assert result.returncode == 2
+    assert result.stdout == "loaded:\n"
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"error: {reason}")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What the command would have started."""
+    calls = []
+    monkeypatch.setattr(
+        "verl_speculator.trainer.launch.launch", lambda overrides, **options: calls.append((overrides, options))
+    )
+    return calls
+
+
+def test_options_may_stand_between_overrides(launched) -> None:
+    cli.main(["train", "a=1", "--nproc", "2", "+b=2", "--ray", "~c"])
+    assert launched == [(["a=1", "+b=2", "~c"], {"num_processes": 2, "use_ray": True})]
+
+
+@pytest.mark.parametrize("arguments", [["train", "--nprocs", "2"], ["train", "a=1", "--multirun"], ["trian"], ["a=1"]])
+def test_unknown_argument(arguments, launched, capsys) -> None:
+    with pytest.raises(SystemExit) as leave:
+        cli.main(arguments)
+    assert leave.value.code == 2
+    assert "verl-speculator: error:" in capsys.readouterr().err
+    assert not launched
+
+
+def test_prints_the_configuration(capsys) -> None:
+    assert cli.main(["train", "--print-config", "model.speculator.n_predict=7"]) == 0
+    assert "n_predict: 7" in capsys.readouterr().out
+
+
+def test_adapter_in_the_current_folder_can_be_named(tmp_path, monkeypatch, launched) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cli.main(["train"])
+    assert sys.path[0] == str(tmp_path)
