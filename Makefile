@@ -31,7 +31,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/python examples/demo/run.py
+	$(BIN)/python -m examples.demo.run
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """Speed and memory of the training objective: forward and backward of a speculator's chain and loss.
 
-    python benchmarks/bench_loss.py --json loss.json            # the default table: under 4 minutes on 2 quiet cores
-    python benchmarks/bench_loss.py --sweep --json sweep.json   # tokens, heads and vocabulary, one at a time
+    python benchmarks/bench_loss.py --json loss.json   # the default table: 6 minutes on 2 quiet cores
     python benchmarks/bench_loss.py --device cuda --dtype bfloat16 --vocab 128256 --tokens 8192
+
+How time and memory grow with tokens, heads, vocabulary and ranks: `bench_scaling.py`.
 
 The package must be importable: `pip install -e .`, or `PYTHONPATH=.` in front of the command.
 
@@ -26,7 +27,7 @@ import importlib.util
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import MIB, describe_machine, matmul_peak, peak_extra_bytes, print_table, seconds, versions
+from stacked import chain_outputs, stacked_loss
 from torch import Tensor
 
 from verl_speculator.losses import PackedHiddenStates, head_targets, speculator_loss, trained_positions
@@ -90,22 +92,8 @@ def build(case: Case, chunk_size: int | None) -> Workload:
     return Workload(MLPSpeculator(config).to(case.device, case.dtype), packed, trained, chunk_size)
 
 
-def chain(work: Workload) -> Iterator[Tensor]:
-    """Each head's outputs at all positions: [tokens, width]. Tokens beyond the end of a sequence are never trained."""
-    state = work.speculator.begin(work.packed.hidden_states)
-    for i in range(work.speculator.n_predict):
-        state, output = work.speculator.step(state, work.packed.input_ids.roll(-1 - i), i)
-        yield output
-
-
-def stacked_loss(work: Workload) -> Tensor:
-    outputs = enumerate(chain(work))
-    logits = torch.stack([F.linear(output, work.speculator.head_weight(i)) for i, output in outputs])
-    losses = []
-    for i, trained in enumerate(work.trained):
-        labels = work.packed.input_ids.roll(-2 - i).masked_fill(~trained, -100)
-        losses.append(F.cross_entropy(logits[i], labels))
-    return torch.stack(losses).mean()
+def plain_loss(work: Workload) -> Tensor:
+    return stacked_loss(work.speculator, work.packed)
 
 
 def our_loss(work: Workload) -> Tensor:
@@ -115,7 +103,7 @@ def our_loss(work: Workload) -> Tensor:
 def per_head_loss(function: Callable[[Tensor, Tensor, Tensor], Tensor], work: Workload) -> Tensor:
     """`function(states [N, D], weight [V, D], targets [N])`, a mean, on each head's trained rows."""
     losses = []
-    for i, output in enumerate(chain(work)):
+    for i, output in enumerate(chain_outputs(work.speculator, work.packed)):
         rows = work.trained[i].nonzero().squeeze(1)
         targets = head_targets(work.packed.input_ids, rows, i)
         losses.append(function(output.index_select(0, rows), work.speculator.head_weight(i), targets))
@@ -133,7 +121,7 @@ def liger_function(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def available_variants(device: torch.device) -> dict[str, Callable[[Workload], Tensor]]:
-    variants: dict[str, Callable[[Workload], Tensor]] = {"stacked": stacked_loss, "ours": our_loss}
+    variants: dict[str, Callable[[Workload], Tensor]] = {"stacked": plain_loss, "ours": our_loss}
     if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         variants["torch_linear_cross_entropy"] = partial(per_head_loss, torch_function)
     else:
@@ -143,6 +131,12 @@ def available_variants(device: torch.device) -> dict[str, Callable[[Workload], T
     else:
         print("liger is left out: it needs CUDA and an installed liger_kernel.")
     return variants
+
+
+def chosen_variants(args: argparse.Namespace) -> dict[str, Callable[[Workload], Tensor]]:
+    variants = available_variants(torch.device(args.device))
+    wanted = {*args.variants, "ours"} if args.variants else set(variants)
+    return {name: variant for name, variant in variants.items() if name in wanted}
 
 
 def step(variant: Callable[[Workload], Tensor], work: Workload) -> Tensor:
@@ -201,9 +195,9 @@ def summarise(
     }
 
 
-def cases(args: argparse.Namespace) -> list[Case]:
-    device = torch.device(args.device)
-    base = Case(
+def base_case(args: argparse.Namespace) -> Case:
+    """The case of the arguments, with the first of the mask fractions."""
+    return Case(
         mask_fraction=args.mask_fractions[0],
         tokens=args.tokens,
         sequence_length=min(args.sequence_length, args.tokens),
@@ -213,20 +207,12 @@ def cases(args: argparse.Namespace) -> list[Case]:
         width=args.width,
         untied=args.untied,
         dtype=getattr(torch, args.dtype),
-        device=device,
+        device=torch.device(args.device),
     )
-    if not args.sweep:
-        return [dataclasses.replace(base, mask_fraction=fraction) for fraction in args.mask_fractions]
-    # On CPU a quarter of the tokens keeps the sweep to minutes; the shape of the curves is what it is for.
-    base = dataclasses.replace(base, tokens=max(args.tokens // 4, args.sequence_length))
-    swept = [dataclasses.replace(base, tokens=base.tokens * factor) for factor in (1, 2, 4)]
-    swept += [dataclasses.replace(base, heads=heads) for heads in (1, 5)]
-    swept += [dataclasses.replace(base, vocab=vocab) for vocab in (8000, 128000)]
-    return swept
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write rows, machine and versions to this file")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--sequence-length", type=int, default=512)
@@ -237,23 +223,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--untied", action="store_true", help="a vocabulary matrix of its own for every head")
     parser.add_argument("--chunk-size", type=int, help="rows of logits at a time in `ours`; chosen when left out")
     parser.add_argument("--variants", nargs="+", help="only these")
-    parser.add_argument("--sweep", action="store_true", help="vary tokens, heads and vocabulary instead of the mask")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = argument_parser(__doc__).parse_args()
     machine = describe_machine(torch.device(args.device))
-    variants = available_variants(torch.device(args.device))
-    if args.variants:
-        variants = {name: variant for name, variant in variants.items() if name in {*args.variants, "ours"}}
+    variants = chosen_variants(args)
     rows: list[dict[str, Any]] = []
-    for case in cases(args):
-        rows += measure(case, variants, args)
+    for fraction in args.mask_fractions:
+        rows += measure(dataclasses.replace(base_case(args), mask_fraction=fraction), variants, args)
         print_table(rows[-len(variants) :], COLUMNS)
         sys.stdout.flush()
     print(f"\n{machine['device']}, {machine['cores']} cores, load average before {machine['load_average']}")

@@ -78,7 +78,7 @@ def training_overrides(
         "trainer.test_freq=-1",
         "trainer.logger=[console]",
         "trainer.resume_mode=disable",
-        "trainer.device=cpu",
+        f"trainer.device={'cuda' if torch.cuda.is_available() else 'cpu'}",
         f"hydra.run.dir={hydra_path(checkpoints)}",
         "hydra.output_subdir=null",
     ]

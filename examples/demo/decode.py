@@ -22,6 +22,11 @@ class DecodedPrompt:
     def is_identical(self) -> bool:
         return self.plain.tokens == self.speculative.tokens
 
+    @property
+    def fresh_length(self) -> int:
+        """How many tokens the answer has before it begins to repeat itself."""
+        return length_before_loop(self.plain.tokens[0])
+
 
 @dataclass
 class Measurement:
@@ -32,6 +37,16 @@ class Measurement:
     @property
     def counts(self) -> AcceptanceCounts:
         return sum_counts(prompt.speculative.counts for prompt in self.prompts)
+
+    @property
+    def counts_before_loops(self) -> AcceptanceCounts:
+        """Without the rounds in which an output only repeats itself, which a draft head of any quality can follow."""
+        return sum_counts(_counts_up_to(prompt.speculative, prompt.fresh_length) for prompt in self.prompts)
+
+    @property
+    def share_in_loops(self) -> float:
+        """The share of the generated tokens from where their output begins to repeat itself."""
+        return 1 - sum(prompt.fresh_length for prompt in self.prompts) / self.num_tokens
 
     @property
     def identical_outputs(self) -> bool:
@@ -73,6 +88,27 @@ def measure(
         measurement.prompts.append(DecodedPrompt(request, plain, speculative))
         report(len(measurement.prompts))
     return measurement
+
+
+def length_before_loop(tokens: list[int], width: int = 4) -> int:
+    """Tokens before the first run of `width` tokens that the text has had already."""
+    seen: set[tuple[int, ...]] = set()
+    for start in range(len(tokens) - width + 1):
+        run = tuple(tokens[start : start + width])
+        if run in seen:
+            return start
+        seen.add(run)
+    return len(tokens)
+
+
+def _counts_up_to(result: DecodingResult, length: int) -> AcceptanceCounts:
+    """Counts of the rounds that begin within the first `length` tokens of a one-row result."""
+    rounds, position = [], 1  # the prompt's own forward brings the first token
+    for accepted in result.accepted_per_draft[0]:
+        if position < length:
+            rounds.append(accepted)
+        position += accepted + 1
+    return AcceptanceCounts.from_drafts(rounds, result.num_draft_tokens)
 
 
 def mark_accepted(tokenizer: PreTrainedTokenizerFast, result: DecodingResult, before: str, after: str) -> str:

@@ -102,9 +102,10 @@ class Demo:
             report=lambda done: progress.update(f"{done}/{len(requests)} held-out prompts"),
         )
         marks = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("«", "»")
-        best = max(measurement.prompts, key=lambda prompt: prompt.speculative.acceptance_length)
-        sample = mark_accepted(tokenizer, best.speculative, *marks)
-        report = _report(measurement) | {"sample_request": best.request, "sample": sample}
+        # The answer that goes on longest without repeating itself shows more than the one that is drafted best.
+        shown = max(measurement.prompts, key=lambda prompt: prompt.fresh_length)
+        sample = mark_accepted(tokenizer, shown.speculative, *marks)
+        report = _report(measurement) | {"sample_request": shown.request, "sample": sample}
         self.measured.write_text(json.dumps(report))
         return f"{len(requests)} held-out prompts, with and without the speculator"
 
@@ -149,6 +150,8 @@ def _empty(folder: Path) -> None:
 def _report(measurement: Measurement) -> dict[str, Any]:
     return {
         "acceptance_length": round(measurement.counts.acceptance_length, 3),
+        "acceptance_length_before_loops": round(measurement.counts_before_loops.acceptance_length, 3),
+        "share_of_tokens_in_loops": round(measurement.share_in_loops, 3),
         "acceptance_rate_per_position": [round(r, 3) for r in measurement.counts.acceptance_rate_per_position],
         "identical_outputs": measurement.identical_outputs,
         "num_prompts": len(measurement.prompts),
@@ -171,6 +174,8 @@ def _print_report(report: dict[str, Any], output: Path, seconds: float) -> None:
 {report["sample"]}
 
   acceptance length    {report["acceptance_length"]} tokens per target forward (1 without a speculator)
+                       {report["acceptance_length_before_loops"]} before an answer begins to repeat itself, as a model
+                       this small does in {report["share_of_tokens_in_loops"]:.0%} of its tokens
   outputs              {same} with and without the speculator, {report["num_prompts"]} prompts
   target forwards      {forwards["plain"]} -> {forwards["speculative"]} for {report["num_tokens"]} tokens
   decoding             {times["plain"]} s -> {times["speculative"]} s

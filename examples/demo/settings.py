@@ -39,7 +39,7 @@ class AnswerSettings:
 class SpeculatorSettings:
     n_predict: int = 4
     width: int = 256
-    num_steps: int = 300
+    num_steps: int = 160
     batch_size: int = 16
     max_length: int = 512
     learning_rate: float = 3e-3
@@ -64,9 +64,9 @@ BUDGETS = {
     "full": DemoSettings(),
     "small": DemoSettings(
         data=DataSettings(max_functions=600, vocab_size=512),
-        base=BaseModelSettings(vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, num_steps=20),
+        base=BaseModelSettings(vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, num_steps=10),
         answers=AnswerSettings(num_prompts=64, batch_size=64, max_new_tokens=32),
-        speculator=SpeculatorSettings(width=64, n_predict=3, num_steps=20),
+        speculator=SpeculatorSettings(width=64, n_predict=3, num_steps=10),
         decoding=DecodingSettings(num_prompts=4, max_new_tokens=32),
     ),
 }

@@ -14,8 +14,11 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_BETWEEN_LINES = 15.0  # of progress where the output is no terminal
+MAX_THREADS = 4  # of a trainer process; more only wait for each other with matmuls this small
 
 
 class Progress:
@@ -75,8 +78,8 @@ class Stages:
 
 
 def num_processes() -> int:
-    """One process per core up to two: small matmuls gain more from a second process than from a second thread."""
-    return min(2, os.cpu_count() or 1)
+    """One on an accelerator; on CPU one per core up to two, which small matmuls gain more from than from threads."""
+    return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
 
 
 def run_trainer(command: Sequence[str], num_steps: int, log_file: Path, progress: Progress) -> None:
@@ -85,7 +88,7 @@ def run_trainer(command: Sequence[str], num_steps: int, log_file: Path, progress
     Ends the demo with the log's last lines when the trainer fails.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // num_processes())
+    threads = min(MAX_THREADS, max(1, (os.cpu_count() or 1) // num_processes()))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     tail: deque[str] = deque(maxlen=15)
     progress.update("starting")

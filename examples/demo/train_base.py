@@ -2,8 +2,8 @@
 
 import hydra
 import torch
-import verl  # noqa: F401  (before our platform: it loads this package as its plugin)
 from omegaconf import DictConfig
+from verl.utils.distributed import initialize_global_process_group
 
 from verl_speculator.platforms import cpu
 
@@ -19,6 +19,9 @@ def main(config: DictConfig) -> None:
 # Saving a checkpoint starts processes that import this file again: they must not start training.
 if __name__ == "__main__":
     cpu.ensure_registered()
-    cpu.enable_verl_engines()
-    cpu.init_process_group()
+    if cpu.is_active():
+        cpu.enable_verl_engines()
+        cpu.init_process_group()
+    else:
+        initialize_global_process_group()
     main()

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 WIDTHS = [f"model.speculator.{name}_dim=32" for name in ("inner", "emb", "proj")]
 STEPS = 6
+LOGGERS = "trainer.logger=[console,tensorboard,file]"
 CUSTOM_ADAPTER = Path(__file__).resolve().parents[2] / "examples" / "custom_adapter" / "gated_adapter.py"
 
 
@@ -60,7 +61,7 @@ class Runs:
         file = self.folder / "runs.json"
         file.write_text(json.dumps(runs))
         script = Path(__file__).with_name("trainer_runs.py")
-        stdout = self.torchrun(num_processes, str(script), str(file)).stdout
+        stdout = self.torchrun(num_processes, str(script), str(file), cwd=self.folder).stdout
         # The rank that logs prints the whole configuration at the start of each run.
         return [metrics_of(part) for part in stdout.split("{'model': {")[1:]]
 
@@ -82,7 +83,7 @@ def launched(runs) -> dict[str, dict[int, dict[str, float]]]:
     custom = f"model.speculator_adapter={{path: {CUSTOM_ADAPTER}, name: GatedSpeculatorAdapter}}"
     trained = f"model.speculator_path={runs.folder / 'whole' / f'global_step_{STEPS}'}"
     table = {
-        "whole": runs.overrides("whole", *lstm, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2"),
+        "whole": runs.overrides("whole", *lstm, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2", LOGGERS),
         "evaluated": runs.overrides("evaluated", trained, "trainer.val_only=true"),
         "stopped": runs.overrides("stopped", *lstm, stop),
         "resumed": runs.overrides("stopped", *lstm),
@@ -113,6 +114,14 @@ def test_logs_what_a_step_did(launched) -> None:
     heads = [steps[1][f"train/head_{i}/loss"] for i in range(3)]
     assert steps[1]["train/loss"] == pytest.approx(sum(heads) / 3, rel=1e-5)
     assert steps[STEPS]["train/loss"] < steps[1]["train/loss"] - 0.5
+
+
+def test_verls_loggers_get_the_metrics(runs, launched) -> None:
+    [file] = runs.folder.rglob("speculator.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    logged = {line["step"]: line["data"]["train/loss"] for line in lines if "train/loss" in line["data"]}
+    assert logged == {step: pytest.approx(metrics["train/loss"]) for step, metrics in launched["whole"].items()}
+    assert list(runs.folder.rglob("events.out.tfevents*"))
 
 
 def test_validates_on_schedule_and_at_the_end(launched) -> None:

@@ -29,7 +29,11 @@ def check_file(file: str, key: str) -> bool:
     if "://" in file:
         return False
     if not Path(file).is_file():
-        what = "is a folder: give the parquet files in it" if Path(file).is_dir() else "does not exist; give parquet files of chats"
+        what = (
+            "is a folder: give the parquet files in it"
+            if Path(file).is_dir()
+            else "does not exist; give parquet files of chats"
+        )
         raise MissingFileError(f"{key}: {file!r} {what}")
     return True
 

@@ -17,7 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.trainer.overrides import KnownKeys, check_overrides, first_line, known_keys, parse_overrides, quoted
+from verl_speculator.trainer.overrides import (
+    KnownKeys,
+    check_overrides,
+    first_line,
+    known_keys,
+    parse_overrides,
+    quoted,
+)
 
 CONFIG_NAME = "speculator_sft"
 

@@ -120,7 +120,13 @@ class SpeculatorTrainingLoop:
         """Train to the last step, validating and saving on the way."""
         self._build_adapter()
         self._tracking = self._open_tracking() if self.is_logging() else None
-        position = self.ckpt_handler.position
+        try:
+            self._run(self.ckpt_handler.position)
+        finally:
+            if self._tracking is not None:
+                self._tracking.finish()
+
+    def _run(self, position: Position) -> None:
         if self.config.trainer.val_before_train or self.config.trainer.val_only:
             self._validate(position.global_step)
         if self.config.trainer.val_only:

@@ -87,9 +87,7 @@ def is_killed(call: int, act: Callable[[Path], None], root: Path) -> bool:
     return False
 
 
-def kill_everywhere(
-    tmp_path: Path, prepare: Callable[[Path], None], act: Callable[[Path], None]
-) -> Iterator[Path]:
+def kill_everywhere(tmp_path: Path, prepare: Callable[[Path], None], act: Callable[[Path], None]) -> Iterator[Path]:
     """Roots on which ``act`` was killed at every point, and at last one on which it was not."""
     for call in count():
         root = tmp_path / f"killed_at_{call}"
@@ -135,7 +133,7 @@ def test_later_save_killed_anywhere(tmp_path, keep) -> None:
 
 
 def test_saving_a_step_again_killed_anywhere(tmp_path) -> None:
-    """As after going back to an earlier checkpoint with resume_from_path; a later step is there, and is not the last."""
+    """As after going back with resume_from_path: a later step is there already, and is not the last checkpoint."""
 
     def prepare(root: Path) -> None:
         for step in (10, 20, 30):
@@ -227,7 +225,7 @@ def test_damage_is_found(tmp_path, name) -> None:
     layout.check_intact(file.parents[len(Path(name).parts) - 1])
     for damaged in (text[:-1], text[:-1] + "?", None):
         file.unlink() if damaged is None else file.write_text(damaged)
-        with pytest.raises(CheckpointError, match="is missing|bytes instead of|is damaged") as caught:
+        with pytest.raises(CheckpointError, match=r"is missing|bytes instead of|is damaged") as caught:
             layout.check_intact(tmp_path / "global_step_10")
         assert str(file) in str(caught.value)
 
@@ -237,7 +235,7 @@ def test_damaged_checksums(tmp_path, text) -> None:
     save(tmp_path, 10)
     file = tmp_path / "global_step_10" / layout.CHECKSUMS_FILE
     file.unlink() if text is None else file.write_text(text)
-    with pytest.raises(CheckpointError, match="checksums.json is missing or damaged"):
+    with pytest.raises(CheckpointError, match=r"checksums\.json is missing or damaged"):
         layout.check_intact(tmp_path / "global_step_10")
 
 
@@ -255,7 +253,7 @@ def test_resume_path(tmp_path) -> None:
 def test_resume_path_that_cannot_be(tmp_path) -> None:
     with pytest.raises(ConfigError, match="resume_mode must be auto, disable or resume_path"):
         layout.find_resume_path(tmp_path, "always", None)
-    with pytest.raises(ConfigError, match="needs trainer.resume_from_path"):
+    with pytest.raises(ConfigError, match=r"needs trainer\.resume_from_path"):
         layout.find_resume_path(tmp_path, "resume_path", None)
     with pytest.raises(ConfigError, match="must be a global_step_N folder"):
         layout.find_resume_path(tmp_path, "auto", str(tmp_path))

@@ -11,7 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from examples.demo.answers import encode_prompts, load_base, read_requests, write_answers
 from examples.demo.base_model import initialise, training_overrides
-from examples.demo.decode import mark_accepted, measure
+from examples.demo.decode import DecodedPrompt, Measurement, length_before_loop, mark_accepted, measure
 from examples.demo.settings import BUDGETS, BaseModelSettings, hydra_path
 from examples.demo.stages import Progress, Stages, run_trainer
 from examples.demo.tokenizer import train_tokenizer
@@ -175,6 +175,24 @@ def test_measurement_counts_both_ways_of_decoding(model, tokenizer):
     drafts = measurement.speculative_forwards - len(REQUESTS)
     assert measurement.counts.num_drafts == drafts
     json.dumps(measurement.counts.acceptance_rate_per_position)
+
+
+def test_loops_begin_where_four_tokens_come_again():
+    assert length_before_loop([1, 2, 3, 4, 5, 1, 2, 3, 9]) == 9
+    assert length_before_loop([7, 1, 2, 3, 4, 1, 2, 3, 4, 1]) == 5
+    assert length_before_loop([8, 8, 8, 8, 8, 8]) == 1
+    assert length_before_loop([]) == 0
+
+
+def test_rounds_in_loops_can_be_left_out():
+    looping = DecodingResult([[5, 1, 2, 3, 4, 1, 2, 3, 4, 1]], 5, 3, [[0, 2, 3, 2]])
+
+    measurement = Measurement([DecodedPrompt("r", looping, looping)], 0.0, 0.0)
+
+    # Tokens 1, 2 to 4, and 5 to 8 of the output come from the first three rounds; the loop begins at token 5.
+    assert measurement.counts_before_loops.num_accepted_tokens == 2
+    assert measurement.counts_before_loops.num_drafts == 2
+    assert measurement.share_in_loops == 0.5
 
 
 def test_accepted_tokens_are_marked(tokenizer):

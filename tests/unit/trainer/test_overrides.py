@@ -71,7 +71,11 @@ def test_setting_of_the_speculator(refused, known) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["+data.shuffle=true", "+engine.mixed_precision.param_dtype=fp32", "+model.override_config.attn_implementation=sdpa"],
+    [
+        "+data.shuffle=true",
+        "+engine.mixed_precision.param_dtype=fp32",
+        "+model.override_config.attn_implementation=sdpa",
+    ],
 )
 def test_what_verl_reads_without_listing_it_can_be_added(refused, known, override) -> None:
     check_overrides(parse_overrides([override]), known)
@@ -111,7 +115,9 @@ def test_sweep(refused) -> None:
     assert "write a list as [a,b]" in refused("data.train_files=a.parquet,b.parquet")
 
 
-@pytest.mark.parametrize("value", ["~/data/x.parquet", "/a=b/c d.parquet", "/è.parquet", "/it's.parquet", "/x(1).parquet"])
+@pytest.mark.parametrize(
+    "value", ["~/data/x.parquet", "/a=b/c d.parquet", "/è.parquet", "/it's.parquet", "/x(1).parquet"]
+)
 def test_value_that_is_no_hydra_expression_is_taken_as_typed(value) -> None:
     assert parse_overrides([f"data.train_files={value}"])[0].value() == value
 

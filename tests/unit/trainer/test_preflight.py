@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
 from verl_speculator.adapters import MLPSpeculatorAdapter
 from verl_speculator.checkpoint import layout
@@ -297,6 +298,17 @@ def checkpoint(write_speculator, tmp_path) -> Path:
 def test_resumes_from_a_whole_checkpoint(check, checkpoint) -> None:
     check()
     check("trainer.resume_mode=resume_path", f"trainer.resume_from_path={checkpoint}")
+
+
+def test_resuming_with_another_shape(refused, check, checkpoint, good_run, write_speculator, tmp_path) -> None:
+    OmegaConf.save(load_config([*good_run, "model.speculator.n_predict=2"]), checkpoint / layout.RUN_CONFIG_FILE)
+    same = ["model.speculator.n_predict=2", "model.speculator.inner_dim='16'"]
+    check(*same)
+    message = refused(*same, "model.speculator.method=sum_lstm")
+    assert message.startswith(f"model.speculator.method=sum_lstm, but {checkpoint} was trained with sum_rnn: ")
+    check("model.speculator.n_predict=3", "trainer.resume_mode=disable")
+    # The shape of one that was loaded counts, and not the settings.
+    check("model.speculator.n_predict=3", f"model.speculator_path={write_speculator(tmp_path / 'other')}")
 
 
 @pytest.mark.parametrize("way", ["auto", "resume_path"])

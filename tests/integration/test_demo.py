@@ -1,0 +1,33 @@
+"""`make demo` with a small budget: the whole chain on real text, with verl's own trainer for the base model."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from tests.integration.conftest import REPOSITORY, run_process
+from verl_speculator.models import Speculator
+
+pytestmark = pytest.mark.slow
+
+
+def test_demo_leaves_a_measured_speculator_and_reuses_it(tmp_path) -> None:
+    command = [sys.executable, "-m", "examples.demo.run", "--budget", "small", "--output", str(tmp_path)]
+    first = run_process(command, cwd=REPOSITORY)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["identical_outputs"] is True
+    assert summary["acceptance_length"] >= 1.0
+    assert summary["num_prompts"] > 0
+    assert summary["seconds"] > 0
+    assert (tmp_path / "base" / "config.json").is_file()
+    assert (tmp_path / "base" / "tokenizer_config.json").is_file()
+    assert Speculator.from_pretrained(tmp_path / "speculator").n_predict > 1
+
+    trained = (tmp_path / "speculator" / "model.safetensors").stat().st_mtime_ns
+    second = run_process(command, cwd=REPOSITORY)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert (tmp_path / "speculator" / "model.safetensors").stat().st_mtime_ns == trained
+    assert second.stdout.count("(done before)") >= 4
