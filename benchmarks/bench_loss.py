@@ -187,7 +187,7 @@ def summarise(
         "ratio_to_stacked": statistics.median(ratios) if "stacked" in times else None,
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "peak_extra_mb": round(peak / MIB),
+        "peak_extra_mb": round(peak / MIB, 1),
         "matmul_peak_fraction": statistics.median(
             products / (own * peak_flops) for own, peak_flops in zip(mine, flops, strict=True)
         ),

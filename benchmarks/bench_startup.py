@@ -8,14 +8,15 @@ writes down in each what it does; the package itself is unchanged. Activities ar
 whole:
 
 - `interpreter`: from the creation of a process to the first line of Python that is not its own start.
-- `torch import`, `verl import` (with what verl imports: transformers, ray, ...), `own imports` (with hydra, pyarrow).
+- `torch import`: `import torch` itself; `verl import`: with what verl imports, transformers and ray and further parts of
+  torch among it; `own imports`: with hydra and pyarrow.
 - `configuration`, `checks`: reading the overrides; everything that is checked before a model is loaded.
 - `tokenizer and data`, `process group`, `engine`: verl's and ours together.
 - `first step`: with what is imported and allocated in it.
 - `other`: between these; in `torchrun` its own start of the trainer.
 
-`ours` is the whole command process, which could be left out with torchrun's own command line, and in the trainer the own
-imports, the configuration and the checks. `verl import` is what any training with verl pays.
+`ours` is the whole command process, which torchrun's own command line does without, and in the trainer the own imports,
+the configuration and the checks. `verl import` is what any training with verl pays.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +80,14 @@ def sum_up(started: float, logs: list[dict[str, Any]]) -> dict[tuple[str, str], 
     ends = [*starts[1:], logs[2]["ended"]]
     for log, start, end in zip(logs, starts, ends, strict=True):
         changes = [(start, "interpreter"), *((at, name) for at, name in log["changes"] if at < end), (end, "")]
-        for (at, name), (until, _) in zip(changes, changes[1:], strict=False):
+        for (at, name), (until, _) in pairwise(changes):
             seconds[log["role"], name] += until - at
     return seconds
 
 
 def summarise(launches: list[dict[tuple[str, str], float]]) -> dict[str, Any]:
     whole = [sum(launch.values()) for launch in launches]
-    keys = sorted({key for launch in launches for key in launch}, key=lambda key: PROCESSES.index(key[0]))
+    keys = dict.fromkeys(key for launch in launches for key in launch)  # in the order in which they happen
     rows = []
     for process, activity in keys:
         mine = [launch.get((process, activity), 0.0) for launch in launches]

@@ -306,7 +306,7 @@ def summarise(
         "ratio_to_stacked": statistics.median(ratios) if ratios else None,
         "ratio_min": min(ratios) if ratios else None,
         "ratio_max": max(ratios) if ratios else None,
-        "peak_extra_mb": round(peak / MIB),
+        "peak_extra_mb": round(peak / MIB, 1),
         "matmul_peak_fraction": statistics.median(useful / (own * f) for own, f in zip(mine, flops, strict=True)),
         "matmul_peak_gflops": statistics.median(flops) / 1e9,
     }
@@ -373,7 +373,8 @@ def relaunch(nproc: int) -> None:
     environment = dict(os.environ, **{LOAD_BEFORE: json.dumps(load_average())})
     environment.setdefault("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // nproc, 1)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
-    os.execve(sys.executable, [*command, str(Path(__file__).resolve()), *sys.argv[1:]], environment)
+    # torchrun would take some of this script's options for its own, were it not for the two dashes.
+    os.execve(sys.executable, [*command, "--", str(Path(__file__).resolve()), *sys.argv[1:]], environment)
 
 
 def main() -> None:

@@ -1,3 +1,3 @@
-"""verl_speculator: train, measure and serve the draft heads of speculative decoding."""
+"""verl_speculator: train the draft heads of speculative decoding inside verl, and measure them."""
 
 __version__ = "0.1.0"

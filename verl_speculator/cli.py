@@ -25,7 +25,7 @@ Everything is checked before a process is started. On several machines run torch
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="verl-speculator", description="Train, measure and serve the draft heads of speculative decoding."
+        prog="verl-speculator", description="Train the draft heads of speculative decoding inside verl."
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

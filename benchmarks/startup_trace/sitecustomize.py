@@ -84,7 +84,9 @@ def _record_imports(log: Log) -> None:
     execute = importlib.machinery.SourceFileLoader.exec_module
 
     def recorded(self, module):
-        activity = IMPORTS.get(module.__name__.partition(".")[0])
+        name = module.__name__
+        # Parts of torch that verl asks for one by one are part of verl's import.
+        activity = IMPORTS.get(name if name.startswith("torch") else name.partition(".")[0])
         if activity is None or activity == log.innermost:
             execute(self, module)
         else:
@@ -93,8 +95,8 @@ def _record_imports(log: Log) -> None:
                 execute(self, module)
             finally:
                 log.leave()
-        for name, activity in CALLS.get(module.__name__, {}).items():
-            _record_call(log, module, name, activity)
+        for function, activity in CALLS.get(name, {}).items():
+            _record_call(log, module, function, activity)
 
     importlib.machinery.SourceFileLoader.exec_module = recorded
 

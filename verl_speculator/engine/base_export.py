@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from verl_speculator.checkpoint import whole_state_dict
 from verl_speculator.checkpoint.layout import BASE_FOLDER
+from verl_speculator.checkpoint.training_state import whole_state_dict
 
 
 def save_base_model(folder: Path, module: nn.Module, model_config: Any) -> None:

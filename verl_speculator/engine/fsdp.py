@@ -25,7 +25,12 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import EngineEvalModeCtx, EngineTrainModeCtx, FSDPEngineWithLMHead
 
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
-from verl_speculator.checkpoint import load_speculator, load_training_state, save_speculator, save_training_state
+from verl_speculator.checkpoint.training_state import (
+    load_speculator,
+    load_training_state,
+    save_speculator,
+    save_training_state,
+)
 from verl_speculator.engine.base_export import save_base_model
 from verl_speculator.engine.hidden_states import (
     LastHiddenStates,

@@ -38,7 +38,7 @@ def build_speculator(adapter: SpeculatorAdapter, base: nn.Module, path: str | No
     :raises ConfigError: the one at ``path`` was trained for another hidden size or vocabulary
     """
     if path:
-        speculator = Speculator.from_pretrained(path)
+        speculator = adapter.speculator_class.from_pretrained(path)
         sizes = base_model_sizes(base)
         check_base_sizes(speculator.config, sizes["input_hidden_dim"], sizes["vocab_size"], path)
         return speculator.float() if dist.get_rank() == 0 else speculator.float().to("meta")

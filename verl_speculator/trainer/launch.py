@@ -50,6 +50,8 @@ def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) 
     if num_devices == 0:
         # One thread pool per process, together as wide as the machine.
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_processes, 1)))
+    # verl warns in every process of each optional engine that is not installed.
+    environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning:verl.workers.engine")
     return [sys.executable, *arguments, *overrides], environment
 
 

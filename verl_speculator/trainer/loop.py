@@ -112,13 +112,10 @@ class SpeculatorTrainingLoop:
             for freq in (trainer.save_freq, trainer.test_freq)
         )
 
-    def _build_adapter(self) -> None:
-        # Only its arithmetic on metrics is used here; the workers have adapters with a speculator.
-        self._adapter = build_speculator_adapter(self.model_config.speculator_adapter, self.model_config.speculator)
-
     def fit(self) -> None:
         """Train to the last step, validating and saving on the way."""
-        self._build_adapter()
+        # Only its arithmetic on metrics is used here; the engines have adapters with a speculator.
+        self._adapter = build_speculator_adapter(self.model_config.speculator_adapter, self.model_config.speculator)
         self._tracking = self._open_tracking() if self.is_logging() else None
         try:
             self._run(self.ckpt_handler.position)

@@ -52,6 +52,10 @@ def _check_data(config: DictConfig) -> None:
         )
     if data.val_files is not None:
         _count_rows(data, "val_files", data.val_max_samples)
+        return
+    for key in ("val_only", "val_before_train"):
+        if config.trainer[key]:
+            raise ConfigError(f"trainer.{key}=true needs data.val_files")
 
 
 def _count_rows(data: DictConfig, name: str, limit: int) -> float:

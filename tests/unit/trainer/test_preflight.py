@@ -410,3 +410,9 @@ def test_batches_and_processes(refused, check) -> None:
 def test_weights_can_be_left_unread(good_run, checkpoint) -> None:
     (checkpoint / "speculator" / "model.safetensors").write_bytes(b"")
     check_run(load_config(good_run), 2, read_weights=False)
+
+
+@pytest.mark.parametrize("key", ["val_only", "val_before_train"])
+def test_validation_needs_data(refused, check, key) -> None:
+    check(f"trainer.{key}=true")
+    assert refused(f"trainer.{key}=true", "data.val_files=null") == f"trainer.{key}=true needs data.val_files"
