@@ -187,7 +187,7 @@ def summarise(
         "ratio_to_stacked": statistics.median(ratios) if "stacked" in times else None,
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
-        "peak_extra_mb": round(peak / MIB, 1),
+        "peak_extra_mb": peak / MIB,
         "matmul_peak_fraction": statistics.median(
             products / (own * peak_flops) for own, peak_flops in zip(mine, flops, strict=True)
         ),

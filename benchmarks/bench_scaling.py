@@ -84,7 +84,7 @@ def with_growth(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         start = first.setdefault(row["variant"], row)
         row["value_growth"] = row["value"] / start["value"]
         row["seconds_growth"] = row["seconds_median"] / start["seconds_median"]
-        row["memory_growth"] = row["peak_extra_mb"] / max(start["peak_extra_mb"], 1)
+        row["memory_growth"] = row["peak_extra_mb"] / start["peak_extra_mb"]
     return rows
 
 

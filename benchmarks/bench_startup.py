@@ -8,8 +8,8 @@ writes down in each what it does; the package itself is unchanged. Activities ar
 whole:
 
 - `interpreter`: from the creation of a process to the first line of Python that is not its own start.
-- `torch import`: `import torch` itself; `verl import`: with what verl imports, transformers and ray and further parts of
-  torch among it; `own imports`: with hydra and pyarrow.
+- `torch import`: `import torch` itself; `verl import`: with what verl imports, such as transformers, ray and more of
+  torch; `own imports`: with hydra and pyarrow.
 - `configuration`, `checks`: reading the overrides; everything that is checked before a model is loaded.
 - `tokenizer and data`, `process group`, `engine`: verl's and ours together.
 - `first step`: with what is imported and allocated in it.

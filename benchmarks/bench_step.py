@@ -2,8 +2,9 @@
 
     python benchmarks/bench_step.py --json step.json              # under 5 minutes on 2 quiet cores
     python benchmarks/bench_step.py --nproc 2 --json step2.json   # sharded over two processes
-    python benchmarks/bench_step.py --hidden 4096 --layers 32 --intermediate 14336 --width 4096 --vocab 128256 \
-        --tokens 16384 engine.mixed_precision.param_dtype=bf16    # on an accelerator; key=value goes to the engine
+    python benchmarks/bench_step.py --hidden 4096 --layers 32 --intermediate 14336 --width 4096 --vocab 128256
+
+It takes an accelerator where there is one. `key=value` is a setting of the run, such as `engine.strategy=fsdp`.
 
 The engine is the real one (`FSDPEngineWithLMHeadAndSpeculator`, driven by `SpeculatorTrainingWorker.train_batch`), and
 the base a randomly initialised Qwen2-style model. Reading and collating data are not part of the step. Variants:
@@ -11,8 +12,8 @@ the base a randomly initialised Qwen2-style model. Reading and collating data ar
 - `ours`: the adapter that users get.
 - `stacked`: an adapter whose loss is the stacked formula (`stacked.py`); all else is the same, its own engine included.
 
-Both must report the same loss before they are timed. Each round times both once, in turn first, and measures the
-machine's matmul peak, on all ranks at once. `ratio_to_stacked` is the median over rounds of stacked's time over the
+Both must report the same loss before they are timed. Each round times both once, in alternating order, and measures
+the machine's matmul peak, on all ranks at once. `ratio_to_stacked` is the median over rounds of stacked's time over the
 variant's. `matmul_peak_fraction` counts the base's layers once for each token and three vocabulary products for each
 trained row; the chain and attention scores count as overhead.
 
@@ -306,7 +307,7 @@ def summarise(
         "ratio_to_stacked": statistics.median(ratios) if ratios else None,
         "ratio_min": min(ratios) if ratios else None,
         "ratio_max": max(ratios) if ratios else None,
-        "peak_extra_mb": round(peak / MIB, 1),
+        "peak_extra_mb": peak / MIB,
         "matmul_peak_fraction": statistics.median(useful / (own * f) for own, f in zip(mine, flops, strict=True)),
         "matmul_peak_gflops": statistics.median(flops) / 1e9,
     }

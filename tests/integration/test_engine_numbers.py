@@ -26,6 +26,7 @@ PACKED = ["data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=64"]
 ONE_ROW = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"]
 TWO_ROWS = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=2"]
 PADDED = ["model.use_remove_padding=false"]
+MLP = "model.speculator_adapter=verl_speculator.adapters.MLPSpeculatorAdapter"
 JOINT = ["model.freeze_base_model=false", "model.speculator_loss_coeff=0.7"]
 
 
@@ -50,12 +51,20 @@ CASES = [
     Case("packed_one_row", "qwen2", "lstm", ONE_ROW),
     Case("packed_deferred_sync", "qwen2", "rnn", [*ONE_ROW, "engine.use_no_sync_for_gradient_accumulation=true"]),
     Case("padded", "qwen2", "lstm", [*TWO_ROWS, *PADDED]),
-    Case("padded_untied_llama", "llama_untied", "mlp_untied", [*PACKED, *PADDED]),
+    Case("padded_untied_llama", "llama_untied", "mlp_untied", [*PACKED, *PADDED, MLP]),
     Case("packed_qwen3", "qwen3", "rnn", TWO_ROWS),
     Case("joint", "qwen2", "lstm", [*PACKED, *JOINT]),
     Case("joint_one_row", "qwen2", "lstm", [*ONE_ROW, *JOINT]),
     Case("joint_padded_untied", "llama_untied", "rnn", [*TWO_ROWS, *PADDED, *JOINT]),
     Case("joint_detached", "qwen2", "lstm", [*TWO_ROWS, *JOINT, "model.detach_hidden_states=true"]),
+]
+
+
+BF16_BASE = "+engine.mixed_precision={param_dtype: bf16, reduce_dtype: fp32}"
+# The base computes in bfloat16; the speculator in either. Compared with bfloat16's tolerance.
+BF16_CASES = [
+    Case("bf16_base_fp32_speculator", "qwen2", "lstm", [*PACKED, BF16_BASE, "model.speculator_dtype=fp32"]),
+    Case("bf16", "qwen2", "lstm", [*PACKED, BF16_BASE, "engine.model_dtype=bf16"]),
 ]
 
 
@@ -111,7 +120,7 @@ def results(request, world, torchrun, tmp_path_factory) -> Path:
                 *case.overrides,
             ],
         }
-        for case in CASES
+        for case in [*CASES, *BF16_CASES]
     ]
     (output / "cases.json").write_text(json.dumps(cases))
     script = Path(__file__).with_name("engine_cases.py")
@@ -149,6 +158,20 @@ def test_frozen_base_has_no_part_in_training(case: Case, results) -> None:
     assert state["training"] is False, "a frozen base must not use dropout"
     assert state["optimizer_params"] == state["speculator_params"]
     assert state["base_modules"].count("lm_head") == 1, "the tap stands in lm_head's place"
+
+
+@pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
+def test_bfloat16_base(case: Case, world, results) -> None:
+    state = json.loads((results / f"{case.name}.json").read_text())
+    plain = PlainTraining(world[case.base], world[case.speculator])
+    loss = plain.speculator_loss(make_rows(), detach=True)
+    loss.backward()
+    assert state["loss"] == pytest.approx(loss.item(), rel=1e-2)
+    actual = load_file(results / f"{case.name}.safetensors")
+    for name, wanted in plain.gradients().items():
+        cosine = torch.nn.functional.cosine_similarity(actual[name].double().flatten(), wanted.flatten(), dim=0)
+        assert actual[name].dtype == torch.float32, "gradients are reduced in float32"
+        assert cosine > 0.98 or wanted.abs().max() < 1e-6, name
 
 
 def test_slices_of_a_sequence_give_the_whole_loss(results) -> None:

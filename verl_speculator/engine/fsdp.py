@@ -107,7 +107,7 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
     def _precision(self) -> tuple[torch.dtype, torch.dtype]:
         names = self.engine_config.mixed_precision or {}
         return (
-            PrecisionType.to_dtype(names.get("param_dtype", "bf16")),
+            PrecisionType.to_dtype(self.model_config.speculator_dtype or names.get("param_dtype", "bf16")),
             PrecisionType.to_dtype(names.get("reduce_dtype", "fp32")),
         )
 

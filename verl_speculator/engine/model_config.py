@@ -17,6 +17,7 @@ class SpeculatorModelConfig(HFModelConfig):
     speculator: dict[str, Any] = field(default_factory=dict)
     speculator_adapter: Any = None
     speculator_path: str | None = None
+    speculator_dtype: str | None = None
     speculator_loss_coeff: float = 1.0
     freeze_base_model: bool = True
     detach_hidden_states: bool = False

@@ -119,6 +119,8 @@ def _check_unsupported(config: DictConfig) -> None:
         raise ConfigError(f"engine.strategy must be fsdp2 or fsdp, got {config.engine.strategy!r}")
     if config.engine.forward_only is not False:
         raise ConfigError("engine.forward_only must be false: use trainer.val_only=true to evaluate only")
+    if config.model.speculator_dtype not in (None, "bf16", "fp32"):
+        raise ConfigError(f"model.speculator_dtype must be null, bf16 or fp32, got {config.model.speculator_dtype!r}")
     precision = config.engine.get("mixed_precision") or {}
     if precision.get("param_dtype") in ("fp16", "float16"):
         raise ConfigError("engine.mixed_precision.param_dtype must be bf16 or fp32: float16 is not supported")

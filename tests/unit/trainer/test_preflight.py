@@ -389,6 +389,7 @@ def test_save_path_not_writable(refused, tmp_path, place) -> None:
         ("data.pad_mode=right", "no_padding"),
         ("model.use_fused_kernels=true", "false"),
         ("model.lora_rank=8", "0"),
+        ("model.speculator_dtype=fp16", "null, bf16 or fp32"),
     ],
 )
 def test_values(refused, override, right) -> None:

@@ -1,0 +1,98 @@
+"""The benchmarks at toy sizes: they run, and what they write is whole and consistent. No time is asserted."""
+
+from __future__ import annotations
+
+import pytest
+
+LOSS_SIZES = [
+    *("--tokens", "64", "--sequence-length", "32", "--vocab", "200", "--hidden", "16", "--width", "24"),
+    *("--heads", "2", "--rounds", "2"),
+]
+STEP_SIZES = [
+    *("--tokens", "64", "--sequence-length", "16", "--vocab", "400", "--hidden", "64", "--layers", "1"),
+    *("--intermediate", "64", "--width", "24", "--heads", "2", "--rounds", "2"),
+]
+
+
+def check_times(rows) -> None:
+    for row in rows:
+        assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]
+        assert row["peak_extra_mb"] > 0
+        assert row["matmul_peak_fraction"] > 0
+        assert row["matmul_peak_gflops"] > 0
+
+
+def test_loss(run_benchmark) -> None:
+    rows = run_benchmark("bench_loss.py", *LOSS_SIZES, "--mask-fractions", "0.5", "1.0")["rows"]
+    variants = {row["variant"] for row in rows}
+    assert {"stacked", "ours"} <= variants
+    assert [row["mask_fraction"] for row in rows] == [0.5] * len(variants) + [1.0] * len(variants)
+    check_times(rows)
+    for row in rows:
+        assert row["tokens"] == 64
+        assert row["ratio_min"] <= row["ratio_to_stacked"] <= row["ratio_max"]
+        if row["variant"] == "stacked":
+            assert row["ratio_to_stacked"] == 1
+
+
+@pytest.mark.slow
+def test_scaling_of_the_loss(run_benchmark) -> None:
+    rows = run_benchmark("bench_scaling.py", *LOSS_SIZES, "--axes", "tokens", "heads", "vocab")["rows"]
+    check_times(rows)
+    ours = [row for row in rows if row["variant"] == "ours"]
+    values = {axis: [row["value"] for row in ours if row["axis"] == axis] for axis in ("tokens", "heads", "vocab")}
+    assert values == {"tokens": [32, 64, 128], "heads": [1, 2, 4], "vocab": [50, 200, 800]}
+    for row in rows:
+        first = next(other for other in rows if (other["axis"], other["variant"]) == (row["axis"], row["variant"]))
+        assert row[row["axis"]] == row["value"]
+        assert row["seconds_growth"] == pytest.approx(row["seconds_median"] / first["seconds_median"])
+        assert row["value_growth"] == row["value"] / first["value"]
+
+
+@pytest.mark.slow
+def test_scaling_of_ranks(run_benchmark) -> None:
+    rows = run_benchmark("bench_scaling.py", *LOSS_SIZES, "--vocab", "400", "--hidden", "64", "--axes", "ranks")["rows"]
+    check_times(rows)
+    assert [row["ranks"] for row in rows] == [row["value"] for row in rows]
+    assert rows[0]["ranks"] == rows[0]["seconds_growth"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "speculator"), [(1, "mlp"), (2, "lstm")])
+def test_step(run_benchmark, processes, speculator) -> None:
+    report = run_benchmark("bench_step.py", *STEP_SIZES, "--nproc", str(processes), "--speculator", speculator)
+    rows, split = report["rows"], report["split"]
+    assert [row["variant"] for row in rows] == ["ours", "stacked"]
+    check_times(rows)
+    assert all(row["ranks"] == processes for row in rows)
+    assert report["losses"]["ours"] == pytest.approx(report["losses"]["stacked"], rel=1e-4)
+
+    parts = {part["part"]: part for part in split["parts"]}
+    assert list(parts) == ["backbone", "states", "vocabulary", "optimizer", "communication", "rest"]
+    assert all(part["seconds_median"] > 0 for part in parts.values())
+    assert set(split["rest_parts"]) == {"objective", "batch", "metrics", "other"}
+    for step in split["steps"]:
+        own = {"backbone", "states", "vocabulary", "optimizer", "clipping", "communication"}
+        assert set(step) == own | set(split["rest_parts"])
+    assert split["outside_fraction_min"] <= split["outside_fraction"] <= split["outside_fraction_max"] < 1
+
+
+@pytest.mark.slow
+def test_startup(run_benchmark) -> None:
+    report = run_benchmark("bench_startup.py", "--rounds", "1", "--cold")
+    whole = report["seconds_to_first_step"]["median"]
+    rows = {(row["process"], row["activity"]): row for row in report["rows"]}
+    assert sum(row["seconds_median"] for row in rows.values()) == pytest.approx(whole)
+    assert sum(row["fraction"] for row in rows.values()) == pytest.approx(1)
+    assert all(row["seconds_median"] >= 0 for row in rows.values())
+    ours = sum(row["seconds_median"] for row in rows.values() if row["is_ours"])
+    assert report["ours"]["seconds_median"] == pytest.approx(ours)
+    for process in ("command", "torchrun", "trainer"):
+        assert {(process, "interpreter"), (process, "torch import")} <= set(rows)
+    for activity in ("own imports", "configuration", "checks"):
+        assert rows["command", activity]["is_ours"]
+        assert rows["trainer", activity]["is_ours"]
+    for activity in ("verl import", "engine", "tokenizer and data", "first step"):
+        assert rows["trainer", activity]["seconds_median"] > 0
+        assert not rows["trainer", activity]["is_ours"]
+    assert ("command", "verl import") not in rows, "the checks of the command must not load verl"
