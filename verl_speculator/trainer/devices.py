@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.utils.device import get_device_name
 
 from verl_speculator.errors import ConfigError
+from verl_speculator.trainer.values import refuse_on_cpu
 
 
 def apply_device(config: DictConfig) -> None:
@@ -31,17 +32,9 @@ def apply_device(config: DictConfig) -> None:
         if config.engine.model_dtype is None:
             config.engine.model_dtype = "bf16" if config.model.freeze_base_model and not on_cpu else "fp32"
     if on_cpu:
-        _refuse_on_cpu(config)
+        refuse_on_cpu(config)
     if config.engine.get("ulysses_sequence_parallel_size", 1) > 1 and attention not in (None, "flash_attention_2"):
         raise ConfigError(
             "engine.ulysses_sequence_parallel_size above 1 needs flash attention: "
             f"verl's sequence parallelism does not reach into {attention}"
         )
-
-
-def _refuse_on_cpu(config: DictConfig) -> None:
-    if config.engine.strategy == "fsdp":
-        raise ConfigError("engine.strategy=fsdp cannot run on CPU: use engine.strategy=fsdp2")
-    for key in ("param_offload", "optimizer_offload", "offload_policy"):
-        if config.engine.get(key):
-            raise ConfigError(f"engine.{key}=true has no meaning on CPU: everything is there already")

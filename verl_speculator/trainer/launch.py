@@ -27,11 +27,15 @@ def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) 
     config = load_config(overrides)
     # Only now: a mistyped key is answered before torch has been loaded.
     from verl_speculator.trainer.preflight import check_run
+    from verl_speculator.trainer.values import refuse_on_cpu
 
     num_devices = _count_devices()
     if num_processes is None:
         given = any(override.lstrip("+").startswith("trainer.n_gpus_per_node=") for override in overrides)
         num_processes = config.trainer.n_gpus_per_node if use_ray and given else max(num_devices, 1)
+    if num_devices == 0 and not use_ray:
+        # A Ray driver may stand on a machine without the devices that its workers have.
+        refuse_on_cpu(config)
     if num_processes < 1:
         raise ConfigError(f"--nproc must be at least 1, got {num_processes}")
     if use_ray:

@@ -24,6 +24,17 @@ def check_values(config: DictConfig, world_size: int) -> None:
     _check_unsupported(config)
 
 
+def refuse_on_cpu(config: DictConfig) -> None:
+    """Raise :class:`ConfigError` for a setting that needs an accelerator."""
+    if config.engine.strategy == "fsdp":
+        raise ConfigError("engine.strategy=fsdp cannot run on CPU: use engine.strategy=fsdp2")
+    if config.engine.ulysses_sequence_parallel_size > 1:
+        raise ConfigError("engine.ulysses_sequence_parallel_size must be 1 on CPU: it needs flash attention")
+    for key in ("param_offload", "optimizer_offload", "offload_policy"):
+        if config.engine.get(key):
+            raise ConfigError(f"engine.{key}=true has no meaning on CPU: everything is there already")
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -57,3 +57,18 @@ def test_what_cannot_start(devices, good_run, num_processes, override, reason) -
     devices(2)
     with pytest.raises(ConfigError, match=reason):
         launch.plan([*good_run, override], num_processes=num_processes, use_ray=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("engine.strategy=fsdp", "engine.strategy=fsdp cannot run on CPU: use engine.strategy=fsdp2"),
+        ("engine.param_offload=true", "engine.param_offload=true has no meaning on CPU"),
+        ("engine.ulysses_sequence_parallel_size=2", "must be 1 on CPU"),
+    ],
+)
+def test_what_cannot_start_on_cpu(devices, good_run, override, reason) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        launch.plan([*good_run, override], num_processes=2, use_ray=False)
+    devices(2)
+    launch.plan([*good_run, override], num_processes=2, use_ray=False)
