@@ -1,6 +1,6 @@
 """Speed and memory of the training objective: forward and backward of a speculator's chain and loss.
 
-    python benchmarks/bench_loss.py --json loss.json   # the default table: 6 minutes on 2 quiet cores
+    python benchmarks/bench_loss.py --json loss.json    # the default table: 7 minutes on 2 cores
     python benchmarks/bench_loss.py --device cuda --dtype bfloat16 --vocab 128256 --tokens 8192
 
 How time and memory grow with tokens, heads, vocabulary and ranks: `bench_scaling.py`.

@@ -1,6 +1,6 @@
 """How time and memory grow with tokens, heads, vocabulary and ranks: one of them is varied at a time.
 
-    python benchmarks/bench_scaling.py --json scaling.json                     # under 6 minutes on 2 quiet cores
+    python benchmarks/bench_scaling.py --json scaling.json                     # all axes
     python benchmarks/bench_scaling.py --axes tokens vocab --variants stacked  # only these axes; `ours` is always there
 
 Tokens, heads and vocabulary are those of the loss (`bench_loss.py`: its shapes, variants and columns, and a quarter of

@@ -1,6 +1,6 @@
 """Time from `verl-speculator train` to the end of its first training step, and what it goes into.
 
-    python benchmarks/bench_startup.py --json startup.json   # 3 launches: under 3 minutes on 2 quiet cores
+    python benchmarks/bench_startup.py --json startup.json   # 3 launches after one that fills caches
 
 Launches the real command on a tiny random base model and a few chats, with one process. Three processes follow one
 another: the `command` (configuration and checks), `torchrun` in its place, and the `trainer`. `startup_trace/`

@@ -1,6 +1,6 @@
 """A whole training step of a frozen base, against the same step with the stacked-logits formula, and where it goes.
 
-    python benchmarks/bench_step.py --json step.json              # under 5 minutes on 2 quiet cores
+    python benchmarks/bench_step.py --json step.json              # one process
     python benchmarks/bench_step.py --nproc 2 --json step2.json   # sharded over two processes
     python benchmarks/bench_step.py --hidden 4096 --layers 32 --intermediate 14336 --width 4096 --vocab 128256
 
