@@ -152,7 +152,24 @@ def _run_heads(speculator: DraftsTokens, packed: PackedHiddenStates, trained_PT:
 
 def _select(tensor: Tensor, index: Tensor) -> Tensor:
     """Rows of a tensor, where `index` is sorted and without repeats: all rows need no copy."""
-    return tensor if index.shape[0] == tensor.shape[0] else tensor.index_select(0, index)
+    if index.shape[0] == tensor.shape[0]:
+        return tensor
+    return _SelectRows.apply(tensor, index) if tensor.requires_grad else tensor.index_select(0, index)
+
+
+class _SelectRows(torch.autograd.Function):
+    """`index_select` of rows without repeats, whose backward copies rows where torch's adds them up, row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_rows = tensor.shape[0]
+        return tensor.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, index, grad), None
 
 
 def _heads_cross_entropy(

@@ -98,6 +98,10 @@ def test_one_graph_can_be_used_twice():
     torch.testing.assert_close(first / 2, second / 3)
     torch.testing.assert_close(both, first * 2.5)
 
+    # The last pass gave its gradients away: one after it must say so rather than scale them twice.
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        torch.autograd.grad(loss, weight)
+
 
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_input_gets_no_gradient(frozen):
