@@ -29,7 +29,8 @@ from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 
 
 def build_worker(overrides: list[str]) -> tuple[SpeculatorTrainingWorker, object]:
-    config = load_config(["data.train_files=unused.parquet", "optim.total_training_steps=10", *overrides])
+    unused = ["data.train_files=unused.parquet", "data.val_files=unused.parquet", "optim.total_training_steps=10"]
+    config = load_config([*unused, *overrides])
     apply_device(config)
     worker = SpeculatorTrainingWorker(
         TrainingWorkerConfig(
@@ -94,7 +95,8 @@ def run_case(case: dict, output: Path) -> None:
         }
     with engine.eval_mode(), torch.no_grad():
         batch = rank_batch(case["batch"], config)
-        state["eval_loss"] = engine.forward_backward_batch(batch, base_loss, forward_only=True)["loss"][0]
+        out = engine.forward_backward_batch(batch, base_loss, forward_only=True)
+        state["eval_loss"], state["eval_sums"] = out["loss"][0], out["metrics"][SUMS_KEY]
     if dist.get_rank() == 0:
         save_file(grads, output / f"{case['name']}.safetensors")
         (output / f"{case['name']}.json").write_text(json.dumps(state))

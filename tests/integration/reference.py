@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from verl_speculator.losses import PackedHiddenStates
 from verl_speculator.models import Speculator
 
 Rows = list[tuple[torch.Tensor, torch.Tensor]]
@@ -44,6 +46,18 @@ class PlainTraining:
             logits = self.base(ids.unsqueeze(0)).logits[0]
             losses += [F.cross_entropy(logits[t - 1], ids[t]) for t in range(1, ids.numel()) if mask[t] == 1]
         return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def packed(self, rows: Rows) -> PackedHiddenStates:
+        """All rows with the hidden states of each on its own."""
+        states = [self.base(ids[None], output_hidden_states=True).hidden_states[-1][0] for ids, _ in rows]
+        return PackedHiddenStates(
+            hidden_states=torch.cat(states),
+            input_ids=torch.cat([ids for ids, _ in rows]),
+            loss_mask=torch.cat([mask for _, mask in rows]),
+            cu_seqlens=torch.tensor([0, *itertools.accumulate(ids.numel() for ids, _ in rows)]),
+            lm_head_weight=self.base.get_output_embeddings().weight,
+        )
 
     def gradients(self) -> dict[str, torch.Tensor]:
         named = [(f"speculator.{name}", p) for name, p in self.speculator.named_parameters()]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from tests.integration.reference import PlainTraining
 from tests.support.tiny import VOCAB_SIZE, write_base_model
+from verl_speculator.losses import acceptance_sums
 from verl_speculator.models import (
     ArcticLSTMSpeculator,
     ArcticLSTMSpeculatorConfig,
@@ -149,6 +150,17 @@ def test_matches_plain_float64_training(case: Case, world, results) -> None:
         wanted = expected.get(name, torch.zeros_like(grad, dtype=torch.float64))
         scale = max(wanted.abs().max().item(), 1e-3)
         torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_validation_measures_acceptance_however_the_batch_is_cut(case: Case, world, results) -> None:
+    """The sums themselves are checked against decoding in the unit tests; here, what the engine hands to them."""
+    sums = json.loads((results / f"{case.name}.json").read_text())["eval_sums"]
+    plain = PlainTraining(world[case.base], world[case.speculator])
+    expected = acceptance_sums(plain.speculator, plain.packed(make_rows()))
+    assert "closed_loop_sampled/rounds" in expected
+    for name, value in expected.items():
+        assert sums[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.is_joint], ids=lambda case: case.name)

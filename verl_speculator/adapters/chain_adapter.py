@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from verl_speculator.adapters.interface import SpeculatorAdapter
 from verl_speculator.adapters.settings import base_model_sizes, build_config, own_settings
-from verl_speculator.losses import PackedHiddenStates, head_inputs, speculator_loss
+from verl_speculator.losses import PackedHiddenStates, acceptance_sums, head_inputs, speculator_loss
 from verl_speculator.models import Speculator, SpeculatorConfig
 
 
@@ -46,6 +46,9 @@ class ChainSpeculatorAdapter(SpeculatorAdapter):
     def compute_speculator_loss(self, packed: PackedHiddenStates) -> tuple[Tensor, dict[str, Tensor]]:
         output = speculator_loss(self.speculator, packed)
         return output.loss, output.metrics
+
+    def measure_acceptance(self, packed: PackedHiddenStates) -> dict[str, Tensor]:
+        return acceptance_sums(self.speculator, packed)
 
     def _build_config(self, **sizes: Any) -> SpeculatorConfig:
         return build_config(self.config_class, own_settings(self.config_class, self.settings), **sizes)

@@ -15,7 +15,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.losses import PackedHiddenStates, count_trained_positions, speculator_metrics
+from verl_speculator.losses import (
+    PackedHiddenStates,
+    acceptance_metrics,
+    count_trained_positions,
+    speculator_metrics,
+)
 from verl_speculator.models import Speculator
 
 ADAPTER_KEY = "model.speculator_adapter"
@@ -69,10 +74,18 @@ class SpeculatorAdapter(ABC):
         """``[n_predict]``: positions that train each head, for the division above."""
         return count_trained_positions(loss_mask, cu_seqlens, self.speculator.n_predict)
 
+    def measure_acceptance(self, packed: PackedHiddenStates) -> dict[str, Tensor]:
+        """What decoding along these sequences would accept, as sums; runs in validation only.
+
+        ``packed.lm_head_weight`` is set where the base's distribution is ``softmax(hidden_states @ lm_head_weight.T)``.
+        An adapter that cannot tell leaves it empty.
+        """
+        return {}
+
     def summarize_metrics(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Averages from the added-up sums and counts of :meth:`compute_speculator_loss`; needs no speculator."""
+        """Averages from the added-up sums and counts of the two methods above; needs no speculator."""
         heads = [key for key in sums if key.startswith("head_") and key.endswith("/count")]
-        return speculator_metrics(sums, len(heads))
+        return speculator_metrics(sums, len(heads)) | acceptance_metrics(sums)
 
 
 def build_speculator_adapter(spec: Any, settings: Mapping[str, Any]) -> SpeculatorAdapter:

@@ -6,8 +6,9 @@ base, so a frozen base has no part in the backward pass at all.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,6 +44,7 @@ from verl_speculator.engine.hidden_states import (
 from verl_speculator.engine.metric_sums import SUMS_KEY, reduce_sums
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.speculator_unit import PREFIX, SpeculatorUnit, build_speculator, shard
+from verl_speculator.engine.target_head import FrozenHead, gathered_head, plain_head
 from verl_speculator.losses import PackedHiddenStates
 
 
@@ -70,6 +72,7 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
     adapter: SpeculatorAdapter
     speculator_unit: SpeculatorUnit
     _hidden_states: LastHiddenStates
+    _frozen_head: FrozenHead | None = None
 
     @property
     def is_base_frozen(self) -> bool:
@@ -85,7 +88,10 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
         finally:
             self.model_config.model_type = MODEL_TYPE
         self.adapter = build_speculator_adapter(self.model_config.speculator_adapter, self.model_config.speculator)
+        head = plain_head(module) if self.model_config.measure_sampled_acceptance else None
+        self._has_plain_head = head is not None
         if self.is_base_frozen:
+            self._frozen_head = FrozenHead(head.weight) if head is not None else None
             self._hidden_states = replace_lm_head(module)
             module.gradient_checkpointing_disable()
             module.requires_grad_(False)
@@ -102,6 +108,8 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
         self._compute_dtype, reduce_dtype = self._precision()
         policy = MixedPrecisionPolicy(param_dtype=self._compute_dtype, reduce_dtype=reduce_dtype)
         shard(self.speculator_unit, self.device_mesh, policy)
+        if self._frozen_head is not None:
+            shard(self._frozen_head, self.device_mesh, MixedPrecisionPolicy())
         return module
 
     def _precision(self) -> tuple[torch.dtype, torch.dtype]:
@@ -135,7 +143,10 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
     def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
         super().to(device=device, model=model, optimizer=optimizer, grad=grad)
         if model and not self.engine_config.forward_only:
-            self.speculator_unit.to(get_device_id() if device == get_device_name() else device)
+            target = get_device_id() if device == get_device_name() else device
+            self.speculator_unit.to(target)
+            if self._frozen_head is not None:
+                self._frozen_head.to(target)
 
     # A step
 
@@ -172,7 +183,11 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
             hidden_states = self._hidden_states.take()
             base_loss = self._base_loss(raw_output, output_args, micro_batch, loss_function)
         packed = self._pack(hidden_states, micro_batch, output_args)
-        speculator_loss, sums = self.speculator_unit(packed)
+        if forward_only:
+            with self._target_weight() as weight:
+                speculator_loss, sums = self.speculator_unit(packed, self._whole_sequences(packed, micro_batch, weight))
+        else:
+            speculator_loss, sums = self.speculator_unit(packed)
         sums = dict(sums, speculator_loss=speculator_loss)
         # FSDP averages gradients over all ranks, and each rank holds a different part of the global batch's loss.
         loss = speculator_loss * torch.distributed.get_world_size()
@@ -220,6 +235,23 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
             cu_seqlens=cu_seqlens,
             head_counts=self._head_counts,
         )
+
+    def _target_weight(self) -> AbstractContextManager[Tensor | None]:
+        """The base's vocabulary matrix [V, H], or None where its distribution is not measured."""
+        if self._frozen_head is not None:
+            return self._frozen_head.gathered()
+        # FSDP1 flattens the matrix into a parameter of its own.
+        can_gather = not self.is_base_frozen and isinstance(self.module, FSDPModule)
+        return gathered_head(self.module) if self._has_plain_head and can_gather else nullcontext()
+
+    def _whole_sequences(
+        self, packed: PackedHiddenStates, micro_batch: TensorDict, lm_head_weight: Tensor | None
+    ) -> PackedHiddenStates:
+        """The batch with answers uncut: of a sequence-parallel group, whose ranks all hold it, the first counts it."""
+        loss_mask = micro_batch["loss_mask"].values()
+        if self.use_ulysses_sp and torch.distributed.get_rank(self.ulysses_parallel_group) != 0:
+            loss_mask = torch.zeros_like(loss_mask)
+        return dataclasses.replace(packed, loss_mask=loss_mask, lm_head_weight=lm_head_weight)
 
     @contextmanager
     def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Iterator[None]:

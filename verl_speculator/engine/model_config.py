@@ -21,4 +21,5 @@ class SpeculatorModelConfig(HFModelConfig):
     speculator_loss_coeff: float = 1.0
     freeze_base_model: bool = True
     detach_hidden_states: bool = False
+    measure_sampled_acceptance: bool = True
     partial_pretrain: str | None = None

@@ -19,15 +19,19 @@ PREFIX = "speculator."
 
 
 class SpeculatorUnit(nn.Module):
-    """Holds the speculator; its forward is the adapter's loss, so that FSDP gathers the weights around it."""
+    """Holds the speculator; its forward is the adapter's work on it, so that FSDP gathers the weights around it."""
 
     def __init__(self, adapter: SpeculatorAdapter) -> None:
         super().__init__()
         self.speculator = adapter.speculator
         self._adapter = adapter
 
-    def forward(self, packed: PackedHiddenStates) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._adapter.compute_speculator_loss(packed)
+    def forward(
+        self, packed: PackedHiddenStates, measured: PackedHiddenStates | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its sums, and in validation those of the acceptance on the sequences of ``measured``."""
+        loss, sums = self._adapter.compute_speculator_loss(packed)
+        return loss, sums if measured is None else {**sums, **self._adapter.measure_acceptance(measured)}
 
 
 def build_speculator(adapter: SpeculatorAdapter, base: nn.Module, path: str | None, seed: int) -> Speculator:
@@ -50,7 +54,7 @@ def build_speculator(adapter: SpeculatorAdapter, base: nn.Module, path: str | No
         return adapter.build_speculator_module(base).float()
 
 
-def shard(unit: SpeculatorUnit, mesh: Any, policy: MixedPrecisionPolicy) -> None:
+def shard(unit: nn.Module, mesh: Any, policy: MixedPrecisionPolicy) -> None:
     """Shard in place and hand every rank its part of rank 0's weights.
 
     The weights are not dropped between forward and backward: one follows the other at once.

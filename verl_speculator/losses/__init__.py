@@ -1,5 +1,6 @@
 """Objectives of speculator training: token alignment on packed sequences and a cross entropy without stored logits."""
 
+from verl_speculator.losses.acceptance import acceptance_metrics, acceptance_sums
 from verl_speculator.losses.alignment import (
     count_trained_positions,
     head_inputs,
@@ -15,6 +16,8 @@ __all__ = [
     "LinearCrossEntropyOutput",
     "PackedHiddenStates",
     "SpeculatorLoss",
+    "acceptance_metrics",
+    "acceptance_sums",
     "count_trained_positions",
     "head_inputs",
     "head_targets",

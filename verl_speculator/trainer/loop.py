@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,13 +22,11 @@ from verl_speculator.data.loading import PaddedEvaluation, ResumableSampler
 from verl_speculator.engine.metric_sums import SUMS_KEY
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
+from verl_speculator.trainer.metrics_log import MetricsLog
 
 
-class SpeculatorTrainingLoop:
-    """Mixed into verl's two ``SFTTrainer`` classes, which build configuration, dataset and workers.
-
-    A trainer gives :meth:`data_shard`, :meth:`is_logging`, :meth:`train_batch` and :meth:`infer_batch`.
-    """
+class SpeculatorTrainingLoop(ABC):
+    """Mixed into verl's two ``SFTTrainer`` classes, which build configuration, dataset and workers."""
 
     # From verl's trainers
     config: Any
@@ -46,23 +45,25 @@ class SpeculatorTrainingLoop:
     ckpt_handler: RunCheckpoints
     _adapter: SpeculatorAdapter
 
+    @abstractmethod
     def data_shard(self) -> tuple[int, int]:
         """Which part of each global batch this process loads: its rank and the number of parts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def data_parallel_size(self) -> int:
         """The number of parts into which a batch is finally cut, here or by the workers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def is_logging(self) -> bool:
-        raise NotImplementedError
+        """Whether this process reports; one does."""
 
+    @abstractmethod
     def train_batch(self, batch: Any) -> dict[str, Any] | None:
         """Run one step; its metrics, or None on a process that has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def infer_batch(self, batch: Any) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """The metrics of one batch without training on it, or None on a process that has none."""
 
     def worker_config(self) -> TrainingWorkerConfig:
         return TrainingWorkerConfig(
@@ -116,12 +117,18 @@ class SpeculatorTrainingLoop:
         """Train to the last step, validating and saving on the way."""
         # Only its arithmetic on metrics is used here; the engines have adapters with a speculator.
         self._adapter = build_speculator_adapter(self.model_config.speculator_adapter, self.model_config.speculator)
-        self._tracking = self._open_tracking() if self.is_logging() else None
+        position = self.ckpt_handler.position
+        self._tracking, self._metrics_log = None, None
+        if self.is_logging():
+            self._tracking = self._open_tracking()
+            self._metrics_log = MetricsLog(self.config.trainer.default_local_dir, position.global_step)
         try:
-            self._run(self.ckpt_handler.position)
+            self._run(position)
         finally:
             if self._tracking is not None:
                 self._tracking.finish()
+            if self._metrics_log is not None:
+                self._metrics_log.close()
 
     def _run(self, position: Position) -> None:
         if self.config.trainer.val_before_train or self.config.trainer.val_only:
@@ -238,6 +245,8 @@ class SpeculatorTrainingLoop:
     def _log(self, metrics: dict[str, float], global_step: int) -> None:
         if self._tracking is not None and metrics:
             self._tracking.log(data=metrics, step=global_step)
+        if self._metrics_log is not None:
+            self._metrics_log.append(global_step, metrics)
 
 
 def _is_due(frequency: int, step: int) -> bool:
