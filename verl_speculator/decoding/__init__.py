@@ -1,13 +1,37 @@
-"""Reference speculative decoding on a Hugging Face model, and the arithmetic of acceptance."""
+"""Reference decoding on a Hugging Face model, plain and speculative, and the arithmetic of acceptance."""
 
-from verl_speculator.decoding.metrics import AcceptanceCounts, sum_counts
-from verl_speculator.decoding.speculative import DecodingResult, Drafter, greedy_generate, speculative_generate
+from verl_speculator.decoding.drafters import Draft, DraftContext, Drafter, SpeculatorDrafter, check_speculator_fits
+from verl_speculator.decoding.intervals import (
+    Interval,
+    acceptance_length_interval,
+    ratio_interval,
+    tokens_per_round_interval,
+)
+from verl_speculator.decoding.metrics import AcceptanceCounts, TargetForwards, predicted_speedup, sum_counts
+from verl_speculator.decoding.ngram import NgramDrafter
+from verl_speculator.decoding.results import DecodingResult
+from verl_speculator.decoding.sampling import SamplingParams
+from verl_speculator.decoding.speculative import generate, speculative_generate
+from verl_speculator.decoding.times import DecodingTimes
 
 __all__ = [
     "AcceptanceCounts",
     "DecodingResult",
+    "DecodingTimes",
+    "Draft",
+    "DraftContext",
     "Drafter",
-    "greedy_generate",
+    "Interval",
+    "NgramDrafter",
+    "SamplingParams",
+    "SpeculatorDrafter",
+    "TargetForwards",
+    "acceptance_length_interval",
+    "check_speculator_fits",
+    "generate",
+    "predicted_speedup",
+    "ratio_interval",
     "speculative_generate",
     "sum_counts",
+    "tokens_per_round_interval",
 ]

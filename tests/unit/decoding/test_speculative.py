@@ -2,75 +2,23 @@
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from verl_speculator.decoding import greedy_generate, speculative_generate
+from tests.unit.decoding.support import (
+    KnowingDrafter,
+    RandomDrafter,
+    build_model,
+    build_speculator,
+    greedy_by_transformers,
+    pad_left,
+    random_prompts,
+    sometimes_right,
+)
+from verl_speculator.decoding import NgramDrafter, generate, speculative_generate
 from verl_speculator.errors import ConfigError, DataError
 
 VOCAB_SIZE = 61
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.4,  # with the usual 0.02 a random model repeats one token
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
 PROMPT_LENGTHS = (7, 1, 4, 11)
 NUM_TOKENS = 22  # neither of the draft lengths below divides it evenly
-
-
-class RandomDrafter:
-    """Guesses that are almost always wrong, sometimes right by chance in a small vocabulary."""
-
-    def __init__(self, vocab_size: int, n_predict: int) -> None:
-        self.vocab_size, self.n_predict = vocab_size, n_predict
-        self.generator = torch.Generator().manual_seed(0)
-
-    def draft(self, hidden_states: Tensor, last_token: Tensor, num_tokens: int) -> Tensor:
-        return torch.randint(self.vocab_size, (len(last_token), num_tokens), generator=self.generator)
-
-
-class KnowingDrafter:
-    """Knows each row's continuation and finds its place by the hidden state it is handed.
-
-    `rows` are whole sequences (prompt and greedy continuation). The place is looked up among the hidden states of a
-    forward over the whole sequence without a cache, so a wrong hidden state (another position, another row) draws the
-    wrong continuation, and the tests see a lower acceptance. `num_right(place)` says how many drafts to get right.
-    """
-
-    def __init__(self, model, rows: list[list[int]], n_predict: int, num_right=lambda place: 1_000) -> None:
-        self.rows, self.n_predict, self.num_right = rows, n_predict, num_right
-        self.vocab_size = model.config.vocab_size
-        with torch.no_grad():
-            self.hidden = [model.get_decoder()(input_ids=torch.tensor([row])).last_hidden_state[0] for row in rows]
-
-    def draft(self, hidden_states: Tensor, last_token: Tensor, num_tokens: int) -> Tensor:
-        return torch.stack([self._draft(h, int(t), num_tokens) for h, t in zip(hidden_states, last_token, strict=True)])
-
-    def _draft(self, hidden: Tensor, last_token: int, num_tokens: int) -> Tensor:
-        distances = [(states - hidden).abs().amax(-1).min(0) for states in self.hidden]
-        row = min(range(len(distances)), key=lambda i: float(distances[i].values))
-        place = int(distances[row].indices)  # of the token whose hidden state this is
-        assert distances[row].values < 1e-4, "the hidden state belongs to no position of any sequence"
-        assert self.rows[row][place + 1] == last_token, "the hidden state did not predict the last token"
-        drafts = torch.tensor(self.rows[row][place + 2 : place + 2 + num_tokens])
-        right = self.num_right(place)
-        drafts[right:] = (drafts[right:] + 1) % self.vocab_size
-        return drafts
-
-
-def build_model(name: str):
-    torch.manual_seed(3)
-    if name == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
 
 
 @pytest.fixture(scope="module", params=["qwen2", "llama"])
@@ -80,34 +28,27 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+    return random_prompts(VOCAB_SIZE, PROMPT_LENGTHS)
 
 
 @pytest.fixture(scope="module")
 def expected(model, prompts) -> list[list[int]]:
-    """Continuations longer than any test needs, each row alone and without padding, by transformers."""
-    rows = []
-    for prompt in prompts:
-        output = model.generate(torch.tensor([prompt]), max_new_tokens=NUM_TOKENS + 10, do_sample=False)
-        rows.append(output[0, len(prompt) :].tolist())
-    assert all(len(set(row)) > 5 for row in rows), "a model that repeats itself cannot tell right from wrong"
-    return rows
+    """Continuations longer than any test needs."""
+    return greedy_by_transformers(model, prompts, NUM_TOKENS + 10)
 
 
-def pad_left(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
+class FakeGenerator:
+    """Says that it lives on another device."""
+
+    device = torch.device("meta")
 
 
 def knowing_drafter(model, prompts, expected, n_predict, **kwargs) -> KnowingDrafter:
     return KnowingDrafter(model, [p + e for p, e in zip(prompts, expected, strict=True)], n_predict, **kwargs)
 
 
-def test_greedy_equals_transformers_on_mixed_lengths(model, prompts, expected):
-    result = greedy_generate(model, *pad_left(prompts), max_new_tokens=NUM_TOKENS)
+def test_plain_decoding_equals_transformers_on_mixed_lengths(model, prompts, expected):
+    result = generate(model, *pad_left(prompts), max_new_tokens=NUM_TOKENS)
 
     assert result.tokens == [row[:NUM_TOKENS] for row in expected]
     assert result.num_target_forwards == NUM_TOKENS
@@ -151,8 +92,7 @@ def test_oracle_gets_every_token_through(model, prompts, expected, num_draft_tok
 
 
 def test_rows_accept_different_numbers_of_tokens(model, prompts, expected):
-    right = [0, 3, 1, 4, 2, 0, 4]
-    drafter = knowing_drafter(model, prompts, expected, 4, num_right=lambda place: right[place % len(right)])
+    drafter = knowing_drafter(model, prompts, expected, 4, num_right=sometimes_right)
 
     result = speculative_generate(model, drafter, *pad_left(prompts), max_new_tokens=NUM_TOKENS)
 
@@ -160,7 +100,7 @@ def test_rows_accept_different_numbers_of_tokens(model, prompts, expected):
     for row, prompt in enumerate(prompts):
         place, lengths = len(prompt) - 1, []
         while place - len(prompt) + 2 < NUM_TOKENS:
-            lengths.append(right[place % len(right)])
+            lengths.append(sometimes_right(place))
             place += lengths[-1] + 1
         assert result.accepted_per_draft[row] == lengths
     assert result.counts.num_accepted_tokens == sum(result.num_accepted_tokens)
@@ -197,31 +137,36 @@ def test_stop_token_right_after_the_prompt_needs_one_forward(model, prompts, exp
     assert (result.num_target_forwards, result.num_drafts, result.acceptance_length) == (1, [0], 1.0)
 
 
-def test_one_row_without_a_mask_keeps_no_rejected_slot(model, prompts, expected):
-    lengths = []
-    decoder_forward = model.get_decoder().forward
+@pytest.mark.parametrize("rows", [1, 4])
+def test_no_rejected_token_stays_in_the_cache(model, prompts, expected, rows):
+    widths = []
 
-    def watch(*args, **kwargs):
-        lengths.append(0 if kwargs["past_key_values"] is None else kwargs["past_key_values"].get_seq_length())
-        return decoder_forward(*args, **kwargs)
+    def watch(module, args, kwargs):
+        widths.append(kwargs["past_key_values"].get_seq_length())
 
-    drafter = knowing_drafter(model, prompts, expected, 4, num_right=lambda place: place % 3)
-    model.get_decoder().forward = watch
+    drafter = knowing_drafter(model, prompts, expected, 4, num_right=sometimes_right)
+    hook = model.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        result = speculative_generate(model, drafter, torch.tensor([prompts[0]]), max_new_tokens=NUM_TOKENS)
+        result = speculative_generate(model, drafter, *pad_left(prompts[-rows:]), max_new_tokens=NUM_TOKENS)
     finally:
-        del model.get_decoder().forward
+        hook.remove()
 
-    gained = [length + 1 for length in result.accepted_per_draft[0]]
-    assert result.tokens == [expected[0][:NUM_TOKENS]]
-    assert lengths == [0] + [len(prompts[0]) + sum(gained[:i]) for i in range(len(gained))]
+    lengths = [len(prompt) for prompt in prompts[-rows:]]
+    longest = [0, max(lengths)]
+    for place in range(result.num_rounds - 1):
+        gained = [(rounds[place] + 1 if place < len(rounds) else 0) for rounds in result.accepted_per_round]
+        lengths = [length + new for length, new in zip(lengths, gained, strict=True)]
+        going_on = [len(rounds) > place + 1 for rounds in result.accepted_per_round]
+        longest.append(max(length for length, goes_on in zip(lengths, going_on, strict=True) if goes_on))
+    assert result.tokens == [row[:NUM_TOKENS] for row in expected[-rows:]]
+    assert widths == longest
 
 
 @pytest.mark.parametrize("num_draft_tokens", [0, 4])
 def test_a_draft_the_speculator_cannot_make_is_refused(model, prompts, num_draft_tokens):
     drafter = RandomDrafter(VOCAB_SIZE, n_predict=3)
 
-    with pytest.raises(ConfigError, match="between 1 and the speculator's n_predict=3"):
+    with pytest.raises(ConfigError, match="between 1 and 3, the most that this drafter can make"):
         speculative_generate(
             model, drafter, torch.tensor([prompts[0]]), max_new_tokens=4, num_draft_tokens=num_draft_tokens
         )
@@ -230,11 +175,76 @@ def test_a_draft_the_speculator_cannot_make_is_refused(model, prompts, num_draft
 def test_unusable_inputs_are_refused(model, prompts):
     ids, mask = pad_left(prompts)
 
-    with pytest.raises(DataError, match="padded on the left"):
-        greedy_generate(model, ids, mask.flip(1), max_new_tokens=4)
+    with_hole = mask.clone()
+    with_hole[:, -2] = 0
+
+    for not_left in (mask.flip(1), with_hole):
+        with pytest.raises(DataError, match="padded on the left"):
+            generate(model, ids, not_left, max_new_tokens=4)
     with pytest.raises(DataError, match="shape of input_ids"):
-        greedy_generate(model, ids, mask[:, 1:], max_new_tokens=4)
+        generate(model, ids, mask[:, 1:], max_new_tokens=4)
     with pytest.raises(DataError, match="at least one token"):
-        greedy_generate(model, ids[:, :0], max_new_tokens=4)
+        generate(model, ids[:, :0], max_new_tokens=4)
     with pytest.raises(ConfigError, match="max_new_tokens=0"):
-        greedy_generate(model, ids, mask, max_new_tokens=0)
+        generate(model, ids, mask, max_new_tokens=0)
+    with pytest.raises(ConfigError, match="generator is on meta and must be on cpu"):
+        generate(model, ids, mask, max_new_tokens=4, generator=FakeGenerator())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "sum_rnn", "sum_lstm"])
+@pytest.mark.parametrize("num_draft_tokens", [1, 2, 3])
+def test_every_kind_of_speculator_changes_nothing(model, prompts, expected, kind, num_draft_tokens):
+    speculator = build_speculator(kind, model)
+
+    result = speculative_generate(
+        model, speculator, *pad_left(prompts), max_new_tokens=NUM_TOKENS, num_draft_tokens=num_draft_tokens
+    )
+
+    assert result.tokens == [row[:NUM_TOKENS] for row in expected]
+    assert result.num_draft_tokens == num_draft_tokens
+
+
+def test_copied_text_changes_nothing(model, prompts, expected):
+    # Prompts that hold a part of their own continuation: some drafts are right, some wrong, some rows have none.
+    seen = [prompt + row[:6] + prompt for prompt, row in zip(prompts, expected, strict=True)]
+    continued = greedy_by_transformers(model, seen, NUM_TOKENS)
+
+    result = speculative_generate(model, NgramDrafter(3), *pad_left(seen), max_new_tokens=NUM_TOKENS)
+
+    assert result.tokens == continued
+    drafted = [length for row in result.drafted_per_round for length in row]
+    assert {0, 3} <= set(drafted)
+    assert 0 < sum(result.num_accepted_tokens) < sum(drafted)
+    assert result.counts.num_drafts == sum(length > 0 for length in drafted) < len(drafted) == result.counts.num_rounds
+
+
+@pytest.mark.parametrize("drafter_name", ["oracle", "random", "ngram"])
+def test_a_single_new_token_comes_from_the_prompts_forward(model, prompts, expected, drafter_name):
+    drafter = {
+        "oracle": knowing_drafter(model, prompts, expected, 3),
+        "random": RandomDrafter(VOCAB_SIZE, n_predict=3),
+        "ngram": NgramDrafter(3),
+    }[drafter_name]
+
+    result = speculative_generate(model, drafter, *pad_left(prompts), max_new_tokens=1)
+
+    assert result.tokens == [row[:1] for row in expected]
+    assert (result.num_target_forwards, result.num_rounds) == (1, 0)
+    assert (result.times.draft, result.times.verify, result.acceptance_length) == (0.0, 0.0, 1.0)
+
+
+def test_columns_of_nothing_but_padding_do_not_matter(model, prompts, expected):
+    ids, mask = pad_left(prompts)
+    wider = torch.cat([ids.new_full((4, 5), 9), ids], dim=1), torch.cat([mask.new_zeros(4, 5), mask], dim=1)
+
+    result = speculative_generate(model, build_speculator("mlp", model), *wider, max_new_tokens=NUM_TOKENS)
+
+    assert result.tokens == [row[:NUM_TOKENS] for row in expected]
+
+
+def test_a_speculator_of_another_base_is_refused(model, prompts):
+    ids = torch.tensor([prompts[0]])
+    for changes, name in (({"vocab_size": 77}, "vocab_size is 77"), ({"hidden_size": 64}, "input_hidden_dim is 64")):
+        other = build_speculator("mlp", build_model("llama", **changes))
+        with pytest.raises(ConfigError, match=f"the speculator's {name} but the base model's is"):
+            speculative_generate(model, other, ids, max_new_tokens=4)
