@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from verl_speculator.evaluation import arguments, regenerate
+
 _TRAIN_HELP = """\
 Train a speculator. Settings are Hydra overrides on verl's sft_trainer_engine; the most used ones:
 
@@ -39,8 +41,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_argument("--ray", action="store_true", help="run the workers under Ray instead of torchrun")
     train.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
+    answers = commands.add_parser(
+        "regenerate",
+        help="let the base model answer the training prompts itself",
+        description=regenerate.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    regenerate.add_arguments(answers)
+    evaluation = commands.add_parser(
+        "eval",
+        help="measure speculators: acceptance length, losslessness, speed",
+        description=arguments.EVAL_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_eval_arguments(evaluation)
+    report = commands.add_parser(
+        "train-report",
+        help="plot a training run",
+        description=arguments.REPORT_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_train_report_arguments(report)
     args, rest = parser.parse_known_args(argv)
-    if any(text.startswith("-") for text in rest) or (args.command is None and rest):
+    if any(text.startswith("-") for text in rest) or (args.command != "train" and rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.version:
         from verl_speculator import __version__
@@ -50,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "train":
         # argparse takes no overrides that come after an option.
         return _train(args, [*args.overrides, *rest])
+    if args.command == "regenerate":
+        return regenerate.run(args)
+    if args.command is not None:
+        from verl_speculator.evaluation.command import run_eval, run_train_report
+
+        return run_eval(args) if args.command == "eval" else run_train_report(args)
     parser.print_help()
     return 0
 

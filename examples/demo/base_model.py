@@ -2,9 +2,16 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from examples.demo.settings import BaseModelSettings, hydra_path
 from verl_speculator.errors import CheckpointError
@@ -93,3 +100,9 @@ def export(checkpoints: Path, num_steps: int, folder: Path) -> None:
         shutil.rmtree(folder)
     shutil.move(trained, folder)
     shutil.rmtree(checkpoints)
+
+
+def load(folder: Path) -> tuple[Any, PreTrainedTokenizerFast]:
+    """The model in float32, where decoding gives the same tokens in one step or in several, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return model.eval(), AutoTokenizer.from_pretrained(folder)

@@ -2,8 +2,8 @@
 
     python -m examples.demo.run [--output outputs/demo] [--budget full|small] [--fresh]
 
-Leaves `base/` (a Hugging Face folder), `speculator/`, `data/`, `logs/` and `summary.json` in the output folder. What
-was done before with the same settings is not done again.
+Leaves `base/` (a Hugging Face folder), `speculator/`, `report/`, `data/`, `logs/` and `summary.json` in the output
+folder. What was done before with the same settings is not done again.
 """
 
 import argparse
@@ -19,13 +19,14 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from examples.demo import base_model, stdlib_functions
-from examples.demo.answers import load_base, read_requests, write_answers
-from examples.demo.decode import Measurement, mark_accepted, measure
 from examples.demo.settings import BUDGETS, DemoSettings, hydra_path
 from examples.demo.stages import Progress, Stages, num_processes, run_trainer
 from examples.demo.tokenizer import train_tokenizer
+from verl_speculator.data.regeneration import RegenerationSettings, regenerate_answers
 from verl_speculator.errors import CheckpointError
-from verl_speculator.models import Speculator
+from verl_speculator.evaluation import EvaluationResult, EvaluationSettings, evaluate, format_table, write_report
+
+TABLE_WIDTH = 100  # of the printed results where the output is no terminal
 
 
 class Demo:
@@ -35,8 +36,8 @@ class Demo:
         self.output = output
         self.settings = settings
         self.data, self.base, self.speculator = output / "data", output / "base", output / "speculator"
-        self.work, self.logs = output / "work", output / "logs"
-        self.measured = self.work / "decoding.json"
+        self.work, self.logs, self.report = output / "work", output / "logs", output / "report"
+        self.printed = self.work / "results.txt"
 
     def make_data(self, progress: Progress) -> str:
         progress.update("reading the standard library")
@@ -63,23 +64,29 @@ class Demo:
 
     def write_answers(self, progress: Progress) -> str:
         settings = self.settings.answers
-        model, tokenizer = load_base(self.base)
-        requests = read_requests(self.data / "train.parquet", settings.num_prompts)
-        num_tokens = write_answers(
-            model,
-            tokenizer,
-            requests,
-            self.data / "answers.parquet",
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            report=lambda done: progress.update(f"{done}/{len(requests)} prompts answered by the base model"),
-        )
+        model, tokenizer = base_model.load(self.base)
+        how = RegenerationSettings(max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size)
+        num_tokens = 0
+        for split, limit in (("train", settings.num_prompts), ("val", settings.num_val_prompts)):
+            written = regenerate_answers(
+                model,
+                tokenizer,
+                [self.data / f"{split}.parquet"],
+                self.answers(split),
+                how,
+                limit=limit,
+                report=lambda done, total: progress.update(f"{done}/{total} prompts answered by the base model"),
+            )
+            num_tokens += written.num_tokens
         return f"{num_tokens} tokens of the base model's own text"
+
+    def answers(self, split: str) -> Path:
+        return self.data / f"{split}_answers.parquet"
 
     def train_speculator(self, progress: Progress) -> str:
         settings, checkpoints = self.settings.speculator, self.work / "speculator"
         _empty(checkpoints)
-        command = speculator_command(self.base, self.data / "answers.parquet", checkpoints, self.settings)
+        command = speculator_command(self.base, self.answers("train"), self.answers("val"), checkpoints, self.settings)
         run_trainer(command, settings.num_steps, self.logs / "speculator.log", progress)
         trained = checkpoints / f"global_step_{settings.num_steps}" / "speculator"
         if not (trained / "config.json").is_file():
@@ -88,29 +95,24 @@ class Demo:
         shutil.move(trained, self.speculator)
         return f"LSTM of width {settings.width}, {settings.n_predict} tokens ahead, {settings.num_steps} steps"
 
-    def decode(self, progress: Progress) -> str:
+    def measure(self, progress: Progress) -> str:
         settings = self.settings.decoding
-        model, tokenizer = load_base(self.base)
-        speculator = Speculator.from_pretrained(self.speculator, dtype=torch.float32).eval()
-        requests = read_requests(self.data / "test.parquet", settings.num_prompts)
-        measurement = measure(
-            model,
-            speculator,
-            tokenizer,
-            requests,
-            max_new_tokens=settings.max_new_tokens,
-            report=lambda done: progress.update(f"{done}/{len(requests)} held-out prompts"),
+        result = evaluate(
+            self.base,
+            [self.speculator],
+            self.data / "test.parquet",
+            settings=EvaluationSettings(num_prompts=settings.num_prompts, max_new_tokens=settings.max_new_tokens),
+            report=lambda doing, done, total: progress.update(f"{doing}: {done}/{total} held-out prompts"),
         )
-        marks = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("«", "»")
-        # The answer that goes on longest without repeating itself shows more than the one that is drafted best.
-        shown = max(measurement.prompts, key=lambda prompt: prompt.fresh_length)
-        sample = mark_accepted(tokenizer, shown.speculative, *marks)
-        report = _report(measurement) | {"sample_request": shown.request, "sample": sample}
-        self.measured.write_text(json.dumps(report))
-        return f"{len(requests)} held-out prompts, with and without the speculator"
+        write_report(result, self.report, [self.work / "speculator"])
+        width = shutil.get_terminal_size((TABLE_WIDTH, 0)).columns
+        self.printed.write_text(f"{_sample(result)}\n\n{format_table(result, width)}\n")
+        return f"{result.num_prompts} held-out prompts, with and without the speculator"
 
 
-def speculator_command(base: Path, answers: Path, checkpoints: Path, settings: DemoSettings) -> list[str]:
+def speculator_command(
+    base: Path, train_answers: Path, val_answers: Path, checkpoints: Path, settings: DemoSettings
+) -> list[str]:
     """The call of this package's trainer, as a user would type it after `python`."""
     spec = settings.speculator
     processes = num_processes()
@@ -125,7 +127,8 @@ def speculator_command(base: Path, answers: Path, checkpoints: Path, settings: D
         f"optim.lr={spec.learning_rate}",
         "optim.lr_scheduler_type=cosine",
         "optim.lr_warmup_steps_ratio=0.04",
-        f"data.train_files={hydra_path(answers)}",
+        f"data.train_files={hydra_path(train_answers)}",
+        f"data.val_files={hydra_path(val_answers)}",
         f"data.train_batch_size={spec.batch_size}",
         f"data.micro_batch_size_per_gpu={spec.batch_size // processes}",
         f"data.max_length={spec.max_length}",
@@ -136,7 +139,7 @@ def speculator_command(base: Path, answers: Path, checkpoints: Path, settings: D
         f"trainer.total_training_steps={spec.num_steps}",
         "trainer.total_epochs=1000",
         "trainer.save_freq=-1",
-        "trainer.test_freq=-1",
+        f"trainer.test_freq={spec.test_freq}",
         "trainer.logger=[console]",
         "trainer.resume_mode=disable",
     ]
@@ -147,44 +150,26 @@ def _empty(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _report(measurement: Measurement) -> dict[str, Any]:
-    return {
-        "acceptance_length": round(measurement.counts.acceptance_length, 3),
-        "acceptance_length_before_loops": round(measurement.counts_before_loops.acceptance_length, 3),
-        "share_of_tokens_in_loops": round(measurement.share_in_loops, 3),
-        "acceptance_rate_per_position": [round(r, 3) for r in measurement.counts.acceptance_rate_per_position],
-        "identical_outputs": measurement.identical_outputs,
-        "num_prompts": len(measurement.prompts),
-        "num_tokens": measurement.num_tokens,
-        "target_forwards": {"plain": measurement.plain_forwards, "speculative": measurement.speculative_forwards},
-        "decoding_seconds": {
-            "plain": round(measurement.plain_seconds, 2),
-            "speculative": round(measurement.speculative_seconds, 2),
-        },
-    }
+def _sample(result: EvaluationResult) -> str:
+    """The prompt of middling acceptance, and its answer with what the speculator drafted marked."""
+    before, after = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("«", "»")
+    prompts = sorted(result.speculators[0].prompts, key=lambda prompt: prompt.acceptance_length)
+    shown = prompts[len(prompts) // 2]
+    answer = "".join(before + text + after if drafted else text for text, _, drafted in shown.pieces)
+    return f"  A held-out prompt of middling acceptance, the drafted tokens marked:\n\n{shown.request}\n{answer}"
 
 
-def _print_report(report: dict[str, Any], output: Path, seconds: float) -> None:
-    forwards, times = report["target_forwards"], report["decoding_seconds"]
-    same = "identical" if report["identical_outputs"] else "DIFFERENT (a bug: greedy decoding must be lossless)"
+def _print_results(demo: Demo, output: Path, seconds: float) -> None:
     print(f"""
-  One held-out prompt, the speculator's accepted tokens marked:
-
-{report["sample_request"]}
-{report["sample"]}
-
-  acceptance length    {report["acceptance_length"]} tokens per target forward (1 without a speculator)
-                       {report["acceptance_length_before_loops"]} before an answer begins to repeat itself, as a model
-                       this small does in {report["share_of_tokens_in_loops"]:.0%} of its tokens
-  outputs              {same} with and without the speculator, {report["num_prompts"]} prompts
-  target forwards      {forwards["plain"]} -> {forwards["speculative"]} for {report["num_tokens"]} tokens
-  decoding             {times["plain"]} s -> {times["speculative"]} s
+{demo.printed.read_text()}
   this run             {seconds:.0f} s
 
+  Look at {output / "report" / "index.html"} in a browser: charts, training curves, the best and the worst prompts.
   The speculator is in {output / "speculator"}, its base model in {output / "base"}.
   Next: train one for your own model and chat data:
 
-    verl-speculator train model.path=YOUR_MODEL data.train_files=YOUR_CHATS.parquet model.speculator.method=sum_lstm
+    verl-speculator regenerate --base YOUR_MODEL --data YOUR_CHATS.parquet --output answers.parquet
+    verl-speculator train model.path=YOUR_MODEL data.train_files=answers.parquet model.speculator.method=sum_lstm
 """)
 
 
@@ -206,22 +191,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"verl_speculator demo, budget {options.budget}, in {options.output}\n")
     stages.run("data", settings.data, demo.make_data, [demo.data / "train.parquet", demo.work / "tokenizer"])
     stages.run("base", settings.base, demo.train_base, [demo.base / "model.safetensors"])
-    stages.run("answers", settings.answers, demo.write_answers, [demo.data / "answers.parquet"])
+    stages.run("answers", settings.answers, demo.write_answers, [demo.answers("train"), demo.answers("val")])
     stages.run("speculator", settings.speculator, demo.train_speculator, [demo.speculator / "config.json"])
-    stages.run("decode", settings.decoding, demo.decode, [demo.measured])
+    stages.run("measure", settings.decoding, demo.measure, [demo.printed, demo.report / "eval.json"])
 
-    report = json.loads(demo.measured.read_text())
-    _print_report(report, options.output, time.monotonic() - start)
-    _write_summary(report, stages.seconds, output / "summary.json")
-    return 0 if report["identical_outputs"] else 1
+    _print_results(demo, options.output, time.monotonic() - start)
+    summary = _summary(json.loads((demo.report / "eval.json").read_text()), stages.seconds)
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return 0 if summary["identical_outputs"] else 1
 
 
-def _write_summary(report: dict[str, Any], seconds: dict[str, float], path: Path) -> None:
-    """What was measured, and what it took to make it, in whichever run each stage was done."""
-    summary = {key: value for key, value in report.items() if not key.startswith("sample")}
-    summary["seconds"] = round(sum(seconds.values()), 1)
-    summary["seconds_per_stage"] = {stage: round(value, 1) for stage, value in seconds.items()}
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+def _summary(measured: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """The few numbers to remember, and what it took to make them, in whichever run each stage was done."""
+    target = measured["target"]
+    return {
+        "acceptance_length": measured["acceptance_length"]["mean"],
+        "acceptance_length_interval": [measured["acceptance_length"][end] for end in ("low", "high")],
+        "acceptance_per_position": measured["acceptance_per_position"],
+        "prompt_lookup_acceptance_length": measured["prompt_lookup"]["acceptance_length"]["mean"],
+        "identical_outputs": measured["identical_outputs"],
+        "speedup": measured["speedup"],
+        "num_prompts": measured["num_prompts"],
+        "target_held_out_loss": target["held_out_loss"],
+        "target_repeated_4grams": target["repeated_4grams"],
+        "seconds": round(sum(seconds.values()), 1),
+        "seconds_per_stage": {stage: round(value, 1) for stage, value in seconds.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -31,15 +31,17 @@ class BaseModelSettings:
 @dataclass(frozen=True)
 class AnswerSettings:
     num_prompts: int = 2000
+    num_val_prompts: int = 64
     batch_size: int = 100
     max_new_tokens: int = MAX_NEW_TOKENS
 
 
 @dataclass(frozen=True)
 class SpeculatorSettings:
-    n_predict: int = 4
+    n_predict: int = 3
     width: int = 256
     num_steps: int = 160
+    test_freq: int = 40
     batch_size: int = 16
     max_length: int = 512
     learning_rate: float = 3e-3
@@ -65,8 +67,8 @@ BUDGETS = {
     "small": DemoSettings(
         data=DataSettings(max_functions=600, vocab_size=512),
         base=BaseModelSettings(vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, num_steps=10),
-        answers=AnswerSettings(num_prompts=64, batch_size=64, max_new_tokens=32),
-        speculator=SpeculatorSettings(width=64, n_predict=3, num_steps=10),
+        answers=AnswerSettings(num_prompts=64, num_val_prompts=8, batch_size=64, max_new_tokens=32),
+        speculator=SpeculatorSettings(width=64, num_steps=10, test_freq=5),
         decoding=DecodingSettings(num_prompts=4, max_new_tokens=32),
     ),
 }

@@ -22,6 +22,12 @@ def test_demo_leaves_a_measured_speculator_and_reuses_it(tmp_path) -> None:
     assert summary["acceptance_length"] >= 1.0
     assert summary["num_prompts"] > 0
     assert summary["seconds"] > 0
+    evaluated = json.loads((tmp_path / "report" / "eval.json").read_text())
+    assert evaluated["acceptance_length"]["mean"] == summary["acceptance_length"]
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "acceptance length" in first.stdout.lower()
+    assert "closed_loop_acceptance_length" in (tmp_path / "work" / "speculator" / "metrics.jsonl").read_text()
+    assert "Training" in page
     assert (tmp_path / "base" / "config.json").is_file()
     assert (tmp_path / "base" / "tokenizer_config.json").is_file()
     assert Speculator.from_pretrained(tmp_path / "speculator").n_predict > 1

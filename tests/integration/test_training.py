@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.support.tiny import write_base_model, write_chats
 from verl_speculator.checkpoint import layout
+from verl_speculator.evaluation.curves import read_curves
 from verl_speculator.models import Speculator
 
 pytestmark = pytest.mark.slow
@@ -122,6 +123,15 @@ def test_verls_loggers_get_the_metrics(runs, launched) -> None:
     logged = {line["step"]: line["data"]["train/loss"] for line in lines if "train/loss" in line["data"]}
     assert logged == {step: pytest.approx(metrics["train/loss"]) for step, metrics in launched["whole"].items()}
     assert list(runs.folder.rglob("events.out.tfevents*"))
+
+
+def test_every_run_leaves_its_metrics_in_its_folder(runs, launched) -> None:
+    """A resumed run goes on in the same file, as if it had never stopped."""
+    wanted = {step: metrics["train/loss"] for step, metrics in launched["whole"].items()}
+    for name in ("whole", "stopped"):
+        assert dict(read_curves(runs.folder / name).points("train/loss")) == pytest.approx(wanted, rel=1e-5), name
+    accepted = read_curves(runs.folder / "whole").points("val/closed_loop_acceptance_length")
+    assert [step for step, _ in accepted] == [3, STEPS]
 
 
 def test_validates_on_schedule_and_at_the_end(launched) -> None:

@@ -24,7 +24,18 @@ def run_command(*arguments: str, report_modules: str = "") -> subprocess.Complet
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=dict(os.environ))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["train-report", "--help"],
+        ["regenerate", "--help"],
+        ["--version"],
+        [],
+    ],
+)
 def test_help_loads_nothing_heavy(arguments) -> None:
     result = run_command(*arguments, report_modules=",".join(HEAVY))
     assert result.returncode == 0
@@ -55,6 +66,31 @@ def test_mistake_ends_at_once_in_one_line(override, reason, base_model, chat_dat
     assert result.stderr.startswith(f"error: {reason}")
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "reason", "loaded"),
+    [
+        ("--speculator", "absent", "--speculator: there is no folder 'absent'; a speculator folder is needed", ""),
+        ("--data", "absent.parquet", "--data: 'absent.parquet' does not exist; give parquet files of chats", ""),
+        ("--base", "./absent", "--base: there is no folder './absent'; give a Hugging Face model's folder or name", ""),
+        ("--top-p", "2", "--top-p must be above 0 and at most 1, got 2.0", ""),
+        ("--batch-size", "0", "--batch-size must be at least 1, got 0", ""),
+        (
+            "--num-prompts",
+            "4",
+            "--speculator: {folder} holds no config.json, so it is not a speculator folder.",
+            " torch",
+        ),
+    ],
+)
+def test_evaluation_that_cannot_work_ends_at_once(flag, value, reason, loaded, base_model, chat_data, tmp_path) -> None:
+    given = {"--base": str(base_model), "--speculator": str(tmp_path), "--data": str(chat_data.val), flag: value}
+    arguments = [text for pair in given.items() for text in pair]
+    result = run_command("eval", *arguments, report_modules="torch,transformers,verl,ray")
+    assert result.returncode == 2
+    assert result.stdout == f"loaded:{loaded}\n"
+    assert result.stderr == f"error: {reason.format(folder=tmp_path)}\n"
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """What the command would have started."""
@@ -70,7 +106,17 @@ def test_options_may_stand_between_overrides(launched) -> None:
     assert launched == [(["a=1", "+b=2", "~c"], {"num_processes": 2, "use_ray": True})]
 
 
-@pytest.mark.parametrize("arguments", [["train", "--nprocs", "2"], ["train", "a=1", "--multirun"], ["trian"], ["a=1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--nprocs", "2"],
+        ["train", "a=1", "--multirun"],
+        ["trian"],
+        ["a=1"],
+        ["train-report", "run", "another"],
+        ["eval", "--base", "b", "--speculator", "s", "--data", "d", "--temperture", "1"],
+    ],
+)
 def test_unknown_argument(arguments, launched, capsys) -> None:
     with pytest.raises(SystemExit) as leave:
         cli.main(arguments)

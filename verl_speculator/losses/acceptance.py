@@ -2,7 +2,7 @@
 
 The text stands for the target's own output. Its tokens are then what verification compares the drafts with, so one
 teacher-forced pass tells for every position which drafts a round that starts there would keep. Decoding does not start
-a round everywhere: one that keeps `a` drafts is followed by one `a + 1` tokens further on, and the easy stretches, where
+a round everywhere: one that keeps `a` drafts is followed by one `a + 1` tokens further on, and easy stretches, where
 drafts are long, hold fewer rounds than tokens. `closed_loop_acceptance_length` follows those jumps from the first token
 of each answer, and so is what decoding reports, exactly for greedy decoding of the target's own greedy text.
 

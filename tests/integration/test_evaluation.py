@@ -1,0 +1,217 @@
+"""`verl-speculator eval` as a user runs it, its numbers counted again without our decoding, its page in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.drafts import accepted_drafts, greedy_text, train_speculator
+from tests.support.tiny import write_base_model, write_chats
+from verl_speculator import cli
+from verl_speculator.evaluation.prompts import encode, read_chats
+from verl_speculator.models import Speculator
+from verl_speculator.trainer.metrics_log import MetricsLog
+
+MAX_NEW_TOKENS = 24
+NUM_PROMPTS = 5
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.slow
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the PATH to render with")
+
+
+class World(NamedTuple):
+    base: Path
+    data: Path
+    run: Path
+    report: Path
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, verl_speculator) -> World:
+    folder = tmp_path_factory.mktemp("evaluation")
+    base, data = write_base_model(folder / "base", seed=5), write_chats(folder / "chats.parquet", 8, seed=3)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    prompts = [prompt.prompt_ids for prompt in encode(read_chats([str(data)], "messages", NUM_PROMPTS), tokenizer)]
+    run = folder / "run"
+    train_speculator(
+        model, prompts, run / "global_step_60" / "speculator", n_predict=3, stop=tokenizer.eos_token_id, steps=60
+    )
+    log = MetricsLog(run, start_step=0)
+    for step in range(1, 61):
+        log.append(step, {"train/loss": 6.0 / step, "train/acceptance_length": 1 + step / 60, "val/loss": 5 / step})
+    result = verl_speculator(
+        "eval", "--base", str(base), "--speculator", str(run / "global_step_60"), "--data", str(data),
+        "--num-prompts", str(NUM_PROMPTS), "--max-new-tokens", str(MAX_NEW_TOKENS), "--batch-size", "2",
+        "--report", str(folder / "out"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return World(base, data, run, folder / "out", result.stdout, result.stderr)
+
+
+@pytest.fixture(scope="module")
+def values(world) -> dict:
+    return json.loads((world.report / "eval.json").read_text())
+
+
+def test_numbers_are_those_of_an_independent_count(world, values) -> None:
+    model = AutoModelForCausalLM.from_pretrained(world.base).eval()
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    speculator = Speculator.from_pretrained(world.run / "global_step_60")
+    prompts = encode(read_chats([str(world.data)], "messages", NUM_PROMPTS), tokenizer)
+    rounds = []
+    with torch.no_grad():
+        for prompt, reported in zip(prompts, values["speculators"][0]["prompts"], strict=True):
+            output = greedy_text(model, prompt.prompt_ids, MAX_NEW_TOKENS, tokenizer.eos_token_id)
+            assert tokenizer.decode(output) == reported["text"]
+            accepted = accepted_drafts(model, speculator, prompt.prompt_ids, output)
+            assert reported["accepted_per_round"] == accepted
+            rounds += accepted
+    assert 0 < sum(rounds) < 3 * len(rounds), "the test wants drafts that are sometimes right"
+    assert values["acceptance_length"]["mean"] == pytest.approx(1 + sum(rounds) / len(rounds))
+    length = values["acceptance_length"]
+    assert length["low"] <= length["mean"] <= length["high"]
+    joint = [sum(accepted > i for accepted in rounds) / len(rounds) for i in range(3)]
+    assert values["acceptance_per_position"] == pytest.approx(joint)
+    assert values["accepted_lengths"]["counts"] == [rounds.count(length) for length in range(4)]
+    assert values["identical_outputs"] is True
+    assert values["num_prompts"] == NUM_PROMPTS
+    assert values["speedup"] > 0
+    tokens = sum(prompt["num_tokens"] for prompt in values["speculators"][0]["prompts"])
+    assert values["target_forwards_saved"] == pytest.approx(1 - (len(rounds) + NUM_PROMPTS) / tokens)
+
+
+def test_held_out_loss_is_the_models_own(world, values) -> None:
+    model = AutoModelForCausalLM.from_pretrained(world.base).eval()
+    tokenizer = AutoTokenizer.from_pretrained(world.base)
+    total = count = 0
+    for prompt in encode(read_chats([str(world.data)], "messages", NUM_PROMPTS), tokenizer):
+        input_ids = torch.tensor([prompt.prompt_ids + prompt.answer_ids])
+        labels = input_ids.clone()
+        labels[:, : len(prompt.prompt_ids)] = -100
+        with torch.no_grad():
+            total += model(input_ids=input_ids, labels=labels).loss.item() * len(prompt.answer_ids)
+        count += len(prompt.answer_ids)
+    assert values["target"]["held_out_tokens"] == count
+    assert values["target"]["held_out_loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_terminal_shows_table_and_progress(world) -> None:
+    assert "acceptance length" in world.stdout
+    assert "prompt lookup" in world.stdout
+    assert str(world.report / "index.html") in world.stdout
+    assert "Decoding: 100%" in world.stderr
+
+
+def test_sampled_outputs_are_not_compared_and_no_report_is_written(world, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    status = cli.main(
+        [
+            *("eval", "--base", str(world.base), "--speculator", str(world.run / "global_step_60")),
+            *("--data", str(world.data), "--num-prompts", "2", "--max-new-tokens", "8"),
+            *("--temperature", "1", "--top-p", "0.9", "--draft-sampling", "random"),
+        ]
+    )
+    output = capsys.readouterr().out
+    assert status == 0
+    assert "not compared (sampled)" in output
+    assert "Add --report FOLDER" in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-new-tokens", "250"], "error: --data: 5 of 5 prompts (rows 0, 1, 2 and 2 more) are too long"),
+        (["--device", "nonsense"], "error: --device=nonsense cannot be used here"),
+        (["--run-dir", "absent", "--report", "out"], "error: --run-dir: there is no folder or file 'absent'"),
+    ],
+)
+def test_mistakes_that_are_found_late_are_one_line_too(
+    world, capsys, tmp_path, monkeypatch, arguments, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = ["--base", str(world.base), "--speculator", str(world.run / "global_step_60"), "--data", str(world.data)]
+    assert cli.main(["eval", *base, "--num-prompts", "5", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message)
+    assert error.count("\n") == 1
+
+
+def test_train_report_is_plotted_from_the_runs_own_log(world, tmp_path, capsys) -> None:
+    assert cli.main(["train-report", str(world.run), "--output", str(tmp_path / "run.html")]) == 0
+    assert str(tmp_path / "run.html") in capsys.readouterr().out
+    assert (tmp_path / "run.html").read_text().count("<polyline") >= 3
+    assert cli.main(["train-report", str(tmp_path / "absent")]) == 2
+    assert capsys.readouterr().err.startswith("error: there is no folder or file")
+
+
+def chromium(*arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
+    result = subprocess.run(
+        [str(BROWSER), *options, *arguments], capture_output=True, text=True, timeout=timeout, check=False,
+        env=dict(os.environ),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["0", "1"], ids=["dark", "light"])
+def test_browser_draws_the_page(world, tmp_path, scheme) -> None:
+    picture = tmp_path / "page.png"
+    result = chromium(
+        f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={picture}", "--window-size=1280,2400",
+        (world.report / "index.html").as_uri(),
+    )  # fmt: skip
+    assert "CONSOLE" not in result.stderr
+    with Image.open(picture) as image:
+        assert image.size == (1280, 2400)
+        colours = sorted(image.convert("RGB").getcolors(maxcolors=1 << 20), reverse=True)
+    assert len(colours) > 200
+    assert colours[0][0] < 0.9 * 1280 * 2400, "hardly anything is drawn"
+    background = sum(colours[0][1])
+    assert background < 150 if scheme == "0" else background > 650
+
+
+@needs_browser
+def test_browser_reads_the_title_and_the_sections(world) -> None:
+    dom = chromium("--dump-dom", (world.report / "index.html").as_uri()).stdout
+    assert "<title>Speculator report: run step 60</title>" in dom
+    headings = re.findall("<h2>(.*?)</h2>", dom)
+    assert headings == [
+        "Tokens per forward pass of the target", "Speed", "All numbers", "The target itself", "Training",
+        "Best and worst prompts",
+    ]  # fmt: skip
+    assert dom.count('<svg class="chart"') >= 8
+    assert "display:none" not in dom
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [340, 390, 800])
+def test_nothing_sticks_out_of_a_phone(world, tmp_path, width) -> None:
+    """A frame of the phone's width, because a window cannot be made as narrow."""
+    page = (world.report / "index.html").read_text()
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe id=f width={width} height=900 style="border:0" srcdoc="{html.escape(page)}"></iframe><p id=o></p>'
+        "<script>onload = () => { const d = f.contentDocument.documentElement;"
+        " const out = [...d.querySelectorAll('body *')].filter(e => !e.closest('svg, .scroll, pre') &&"
+        " e.getBoundingClientRect().right > d.clientWidth + 1);"
+        " o.textContent = `${d.clientWidth} ${d.scrollWidth} [${out.map(e => e.className || e.tagName)}]`; }</script>"
+    )
+    dom = chromium("--dump-dom", frame.as_uri()).stdout
+    assert re.search(r'<p id="o">(.*)</p>', dom)[1] == f"{width} {width} []"

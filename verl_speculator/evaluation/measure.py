@@ -1,0 +1,140 @@
+"""Decoding the prompts with and without drafts, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from verl_speculator.decoding import DecodingResult, SamplingParams, generate, speculative_generate
+from verl_speculator.evaluation.memory import explain_out_of_memory
+from verl_speculator.evaluation.prompts import Prompt
+from verl_speculator.evaluation.settings import EvaluationSettings
+from verl_speculator.evaluation.target import Target
+
+_WARM_UP_TOKENS = 8
+
+Report = Callable[[str, int, int], None]  # what is being done, done so far, in all
+
+
+@dataclass
+class Drafting:
+    """One way to draft, and what came of it: a result per batch, and the seconds that it took."""
+
+    label: str
+    drafter: Any  # a speculator, or the prompt lookup
+    num_draft_tokens: int
+    draft_sampling: Literal["greedy", "random"] = "greedy"
+    path: Path | None = None
+    num_parameters: int = 0
+    results: list[DecodingResult] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Measurement:
+    """What was decoded. `batches` holds indices of prompts; each result's rows are in the order of its batch's."""
+
+    batches: list[list[int]]
+    plain: list[DecodingResult]
+    plain_seconds: list[float]
+    drafted: list[Drafting]
+
+
+def measure(
+    target: Target, drafted: list[Drafting], prompts: Sequence[Prompt], settings: EvaluationSettings, report: Report
+) -> Measurement:
+    """Decode every batch plainly and with each drafter, one right after the other.
+
+    Which goes first changes from batch to batch, so that a machine that slows down or speeds up favours none.
+
+    :raises ConfigError: out of memory; the message says what to lower
+    """
+    batches = _batches(prompts, settings.batch_size)
+    measurement = Measurement(batches, [], [], drafted)
+    with explain_out_of_memory("decoding", settings):
+        _warm_up(target, drafted, [prompts[index] for index in batches[0]], settings)
+        done = 0
+        report("Decoding", done, len(prompts))
+        for number, batch in enumerate(batches):
+            _decode_batch(measurement, target, [prompts[index] for index in batch], number, settings)
+            done += len(batch)
+            report("Decoding", done, len(prompts))
+    return measurement
+
+
+def _batches(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    # Similar lengths together: little padding.
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index].prompt_ids))
+    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+
+
+def _decode_batch(
+    measurement: Measurement, target: Target, prompts: list[Prompt], number: int, settings: EvaluationSettings
+) -> None:
+    ways: list[Drafting | None] = [None, *measurement.drafted]
+    first = number % len(ways)
+    for way in ways[first:] + ways[:first]:
+        result, seconds = _timed_decode(target, prompts, way, settings, settings.max_new_tokens, settings.seed + number)
+        if way is None:
+            measurement.plain.append(result)
+            measurement.plain_seconds.append(seconds)
+        else:
+            way.results.append(result)
+            way.seconds.append(seconds)
+
+
+def _warm_up(target: Target, drafted: list[Drafting], prompts: list[Prompt], settings: EvaluationSettings) -> None:
+    """The first forwards of a process are slow: memory is allocated, kernels are chosen."""
+    for way in (None, *drafted):
+        _timed_decode(target, prompts, way, settings, min(_WARM_UP_TOKENS, settings.max_new_tokens), settings.seed)
+
+
+def _timed_decode(
+    target: Target,
+    prompts: list[Prompt],
+    way: Drafting | None,
+    settings: EvaluationSettings,
+    max_new_tokens: int,
+    seed: int,
+) -> tuple[DecodingResult, float]:
+    input_ids, attention_mask = _left_padded([prompt.prompt_ids for prompt in prompts], target)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "sampling": SamplingParams(settings.temperature, settings.top_p, settings.top_k),
+        "eos_token_id": target.stop_tokens,
+        "generator": torch.Generator(target.device).manual_seed(seed),
+    }
+    _synchronize(target.device)
+    start = time.perf_counter()
+    if way is None:
+        result = generate(target.model, input_ids, attention_mask, **options)
+    else:
+        options |= {"num_draft_tokens": way.num_draft_tokens, "draft_sampling": way.draft_sampling}
+        result = speculative_generate(target.model, way.drafter, input_ids, attention_mask, **options)
+    _synchronize(target.device)
+    return result, time.perf_counter() - start
+
+
+def _left_padded(rows: list[list[int]], target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    input_ids = torch.tensor([[target.pad_token] * (width - len(row)) + row for row in rows], device=target.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=target.device)
+    return input_ids, mask
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def by_prompt(batches: list[list[int]], results: Sequence[DecodingResult]) -> Iterator[tuple[DecodingResult, int]]:
+    """The result that holds a prompt and its row there, for every prompt in turn."""
+    places = {index: (number, row) for number, batch in enumerate(batches) for row, index in enumerate(batch)}
+    for index in sorted(places):
+        number, row = places[index]
+        yield results[number], row

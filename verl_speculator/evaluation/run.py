@@ -1,0 +1,170 @@
+"""An evaluation from folders to results."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from verl_speculator import __version__
+from verl_speculator.decoding import NgramDrafter
+from verl_speculator.errors import ConfigError
+from verl_speculator.evaluation.measure import Drafting, Report, measure
+from verl_speculator.evaluation.memory import explain_out_of_memory
+from verl_speculator.evaluation.preflight import check_draft_tokens, check_input
+from verl_speculator.evaluation.prompts import check_lengths, encode, read_chats
+from verl_speculator.evaluation.results import DrafterResult, EvaluationResult
+from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings, label_paths
+from verl_speculator.evaluation.speculator_files import load_speculator, read_speculator_config
+from verl_speculator.evaluation.summary import summarize_drafting, summarize_target
+from verl_speculator.evaluation.target import (
+    Target,
+    check_sizes,
+    load_config,
+    load_target,
+    load_tokenizer,
+    pick_device,
+)
+from verl_speculator.evaluation.target_health import held_out_loss
+
+LOOKUP_LABEL = "prompt lookup"
+_LOAD_ADVICE = "use --dtype bfloat16, or a device with more memory"
+
+
+def evaluate(
+    base: str | os.PathLike[str],
+    speculators: Sequence[str | os.PathLike[str]],
+    data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    settings: EvaluationSettings | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
+    report: Report | None = None,
+) -> EvaluationResult:
+    """Measure `speculators` on the prompts of chat files, each prompt decoded with and without drafts.
+
+    :param report: is told what is being done, how much of it is done and how much there is
+    :raises SpeculatorError: something cannot work; all that can be known before is found before a model is loaded
+    """
+    files = [data] if isinstance(data, str | os.PathLike) else list(data)
+    given = EvaluationInput(
+        base=str(base),
+        speculators=tuple(Path(path) for path in speculators),
+        data=tuple(str(file) for file in files),
+        chat_template=None if chat_template is None else Path(chat_template),
+    )
+    if not given.speculators:
+        raise ConfigError("--speculator: give at least one speculator folder")
+    settings = settings or EvaluationSettings()
+    check_input(given, settings)
+    return _evaluate(given, settings, report or _say_nothing)
+
+
+def _say_nothing(doing: str, done: int, total: int) -> None: ...
+
+
+def _evaluate(given: EvaluationInput, settings: EvaluationSettings, report: Report) -> EvaluationResult:
+    device = pick_device(settings.device)
+    tokenizer, config = load_tokenizer(given), load_config(given)
+    configs = [read_speculator_config(path) for path in given.speculators]
+    check_sizes(config, tokenizer, list(zip(given.speculators, configs, strict=True)), given.base)
+    prompts = encode(read_chats(given.data, settings.messages_key, settings.num_prompts), tokenizer)
+    check_lengths(prompts, getattr(config, "max_position_embeddings", None), settings.max_new_tokens)
+
+    with explain_out_of_memory("loading the models", settings, _LOAD_ADVICE):
+        target = load_target(given, settings, tokenizer, device)
+        drafted = [
+            *_load_speculators(given, settings, target),
+            _prompt_lookup(max(settings.num_draft_tokens or config.n_predict for config in configs)),
+        ]
+    measurement = measure(target, drafted, prompts, settings, report)
+    loss, loss_tokens = held_out_loss(target, prompts, settings, report)
+    *speculators, lookup = [
+        summarize_drafting(measurement, drafting, prompts, target, is_greedy=settings.is_greedy) for drafting in drafted
+    ]
+    return EvaluationResult(
+        base=given.base,
+        data=list(given.data),
+        num_prompts=len(prompts),
+        settings={**asdict(settings), "dtype": str(target.dtype).removeprefix("torch."), "device": str(device)},
+        versions=_versions(),
+        machine=_machine(device),
+        target=summarize_target(measurement, loss, loss_tokens),
+        speculators=speculators,
+        prompt_lookup=lookup,
+        notes=_notes(given, drafted, speculators, target),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _load_speculators(given: EvaluationInput, settings: EvaluationSettings, target: Target) -> list[Drafting]:
+    drafted = []
+    for path, label in zip(given.speculators, label_paths(given.speculators), strict=True):
+        speculator = load_speculator(path, target.device, target.dtype)
+        check_draft_tokens(speculator.config, settings.num_draft_tokens, path)
+        drafted.append(
+            Drafting(
+                label=label,
+                drafter=speculator,
+                num_draft_tokens=settings.num_draft_tokens or speculator.n_predict,
+                draft_sampling="random" if settings.draft_sampling == "random" else "greedy",
+                path=path,
+                num_parameters=sum(parameter.numel() for parameter in speculator.parameters()),
+            )
+        )
+    return drafted
+
+
+def _prompt_lookup(num_draft_tokens: int) -> Drafting:
+    return Drafting(LOOKUP_LABEL, NgramDrafter(num_draft_tokens), num_draft_tokens)
+
+
+def _notes(
+    given: EvaluationInput, drafted: Sequence[Drafting], results: Sequence[DrafterResult], target: Target
+) -> list[str]:
+    """What a reader should know that is no error."""
+    notes = []
+    for drafting, result in zip(drafted[: len(results)], results, strict=True):
+        trained_on = drafting.drafter.config.base_model_name_or_path
+        if trained_on and not _same_model(trained_on, given.base):
+            notes.append(f"{result.label} was trained on {trained_on!r} and is measured on {given.base!r}.")
+        if result.identical_outputs is False:
+            differ = len(result.prompts) - (result.num_identical or 0)
+            why = (
+                "greedy decoding in float32 should not differ"
+                if target.dtype == torch.float32
+                else f"in {str(target.dtype).removeprefix('torch.')} rounding can do that, and --dtype float32 tells"
+            )
+            notes.append(
+                f"{result.label}: {differ} of {len(result.prompts)} outputs differ from plain decoding; {why}."
+            )
+    return notes
+
+
+def _same_model(one: str, other: str) -> bool:
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "verl_speculator": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }

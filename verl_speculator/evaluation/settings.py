@@ -1,0 +1,98 @@
+"""What an evaluation is asked to do. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from verl_speculator.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DRAFT_SAMPLING = ("greedy", "random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How to decode; each field is the flag of the same name of ``verl-speculator eval``.
+
+    :ivar num_prompts: the first so many rows of the data; None takes all
+    :ivar num_draft_tokens: drafted per round; None takes each speculator's ``n_predict``
+    :ivar dtype: "auto" is float32 on a CPU, where greedy decoding is then exact, and the base's own type elsewhere
+    :ivar device: "auto" is the machine's accelerator if it has one
+    :raises ConfigError: a value that cannot work; the message names its flag
+    """
+
+    num_prompts: int | None = 64
+    max_new_tokens: int = 128
+    num_draft_tokens: int | None = None
+    batch_size: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    draft_sampling: str = "greedy"
+    dtype: str = "auto"
+    device: str = "auto"
+    messages_key: str = "messages"
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size", "num_prompts", "num_draft_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
+        if not self.temperature >= 0:
+            raise ConfigError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ConfigError(f"--top-k must be 0 (off) or more, got {self.top_k}")
+        for name, choices in (("dtype", DTYPES), ("draft_sampling", DRAFT_SAMPLING)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class EvaluationInput:
+    """What is evaluated on what: folders, and chat files in parquet. A base may also be a name on the hub."""
+
+    base: str
+    speculators: tuple[Path, ...]
+    data: tuple[str, ...]
+    chat_template: Path | None = None
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def label_paths(paths: tuple[Path, ...]) -> list[str]:
+    """Short names that tell the folders apart, such as `run step 500`, with as many folders above as that takes."""
+    parts = [_named_parts(path) for path in paths]
+    labels = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        length = 1
+        while length < len(own) and any(other[-length:] == own[-length:] for other in others):
+            length += 1
+        labels.append("/".join(own[-length:]))
+    return [
+        f"{label} ({labels[: index + 1].count(label)})" if labels.count(label) > 1 else label
+        for index, label in enumerate(labels)
+    ]
+
+
+def _named_parts(path: Path) -> tuple[str, ...]:
+    """The folders of a path, the last ones joined where a name alone says little."""
+    parts = path.resolve().parts
+    if parts[-1] == "speculator" and len(parts) > 3 and parts[-2].startswith("global_step_"):
+        parts = parts[:-1]
+    if len(parts) < 3:
+        return parts
+    *above, folder, last = parts
+    if last.startswith("global_step_"):
+        return (*above, f"{folder} step {last.removeprefix('global_step_')}")
+    return (*above, f"{folder}/{last}") if last == "speculator" else (*above, folder, last)

@@ -1,0 +1,125 @@
+"""From what was decoded to what is reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from verl_speculator.decoding import (
+    DecodingResult,
+    DecodingTimes,
+    TargetForwards,
+    acceptance_length_interval,
+    predicted_speedup,
+    sum_counts,
+    tokens_per_round_interval,
+)
+from verl_speculator.evaluation.measure import Drafting, Measurement, by_prompt
+from verl_speculator.evaluation.pieces import output_pieces
+from verl_speculator.evaluation.prompts import Prompt
+from verl_speculator.evaluation.results import Costs, DrafterResult, PromptResult, TargetHealth
+from verl_speculator.evaluation.statistics import paired_speedup, repeated_share
+from verl_speculator.evaluation.target import Target
+
+
+def summarize_drafting(
+    measurement: Measurement, drafting: Drafting, prompts: Sequence[Prompt], target: Target, *, is_greedy: bool
+) -> DrafterResult:
+    """Everything about one drafter. Outputs are compared with plain decoding's only if both are greedy."""
+    per_prompt = list(by_prompt(measurement.batches, drafting.results))
+    plain = [result.tokens[row] for result, row in by_prompt(measurement.batches, measurement.plain)]
+    counts = [result.counts_per_row[row] for result, row in per_prompt]
+    total = sum_counts(counts)
+    identical = [result.tokens[row] == tokens for (result, row), tokens in zip(per_prompt, plain, strict=True)]
+    forwards = sum((result.target_forwards for result in drafting.results), TargetForwards())
+    costs = _costs(measurement.plain, drafting.results)
+    return DrafterResult(
+        label=drafting.label,
+        path=None if drafting.path is None else str(drafting.path),
+        num_draft_tokens=drafting.num_draft_tokens,
+        num_parameters=drafting.num_parameters,
+        acceptance_length=acceptance_length_interval(counts),
+        tokens_per_round=tokens_per_round_interval(counts),
+        acceptance_per_position=total.acceptance_rate_per_position,
+        accepted_lengths=total.drafts_per_accepted_length,
+        num_drafts=total.num_drafts,
+        num_accepted_tokens=total.num_accepted_tokens,
+        target_forwards=forwards.used,
+        target_forwards_plain=forwards.plain,
+        target_forwards_saved=forwards.share_saved,
+        identical_outputs=all(identical) if is_greedy else None,
+        num_identical=sum(identical) if is_greedy else None,
+        speedup=paired_speedup(_ratios(measurement, drafting)),
+        speedup_predicted=_predict(total.tokens_per_round, costs),
+        costs=costs,
+        prompts=[
+            _prompt_result(prompt, result, row, same if is_greedy else None, target)
+            for prompt, (result, row), same in zip(prompts, per_prompt, identical, strict=True)
+        ],
+    )
+
+
+def summarize_target(measurement: Measurement, loss: float | None, loss_tokens: int) -> TargetHealth:
+    outputs = [tokens for result in measurement.plain for tokens in result.tokens]
+    num_tokens = sum(map(len, outputs))
+    return TargetHealth(
+        held_out_loss=loss,
+        held_out_tokens=loss_tokens,
+        repeated_4grams=repeated_share(outputs),
+        num_tokens=num_tokens,
+        tokens_per_second=num_tokens / sum(measurement.plain_seconds),
+    )
+
+
+def _ratios(measurement: Measurement, drafting: Drafting) -> list[float]:
+    """Tokens per second of each batch over those of its plain decoding; sampled outputs differ in length."""
+    rates = zip(measurement.plain, measurement.plain_seconds, drafting.results, drafting.seconds, strict=True)
+    return [
+        (_num_tokens(drafted) / seconds) / (_num_tokens(plain) / plain_seconds)
+        for plain, plain_seconds, drafted, seconds in rates
+    ]
+
+
+def _num_tokens(result: DecodingResult) -> int:
+    return sum(map(len, result.tokens))
+
+
+def _costs(plain: Sequence[DecodingResult], drafted: Sequence[DecodingResult]) -> Costs:
+    steps, rounds = (sum(result.num_rounds for result in results) for results in (plain, drafted))
+    plain_times, times = (sum((result.times for result in results), DecodingTimes()) for results in (plain, drafted))
+    return Costs(
+        plain_step=_ratio(plain_times.verify, steps),
+        draft=_ratio(times.draft, rounds),
+        verify=_ratio(times.verify, rounds),
+        other=_ratio(times.other, rounds),
+    )
+
+
+def _ratio(seconds: float, count: int) -> float:
+    return seconds / count if count else math.nan
+
+
+def _predict(tokens_per_round: float, costs: Costs) -> float | None:
+    if math.isnan(costs.plain_step) or math.isnan(costs.verify):
+        return None
+    return predicted_speedup(
+        tokens_per_round, plain_step_cost=costs.plain_step, verify_cost=costs.verify, draft_cost=costs.draft
+    )
+
+
+def _prompt_result(
+    prompt: Prompt, result: DecodingResult, row: int, identical: bool | None, target: Target
+) -> PromptResult:
+    tokens, accepted = result.tokens[row], result.accepted_per_round[row]
+    return PromptResult(
+        file=prompt.chat.file,
+        row=prompt.chat.row,
+        request=prompt.chat.request,
+        text=target.tokenizer.decode(tokens, clean_up_tokenization_spaces=False),
+        num_tokens=len(tokens),
+        acceptance_length=result.counts_per_row[row].acceptance_length,
+        num_drafts=result.num_drafts[row],
+        accepted_per_round=list(accepted),
+        identical=identical,
+        pieces=output_pieces(target.tokenizer, tokens, accepted),
+    )
