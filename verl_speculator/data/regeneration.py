@@ -97,9 +97,7 @@ def regenerate_answers(
             generator = torch.Generator(device=model.device).manual_seed(settings.seed + number)
             answered = [chats[i] for i in batch]
             _answer(model, tokenizer, answered, settings, generator)
-            _write_atomically(
-                part, lambda path, rows=answered: path.write_text(json.dumps([vars(row) for row in rows]))
-            )
+            _write_json(part, [vars(chat) for chat in answered])
         done += len(batch)
         report(done, len(chats))
     return _collect(parts, len(batches), output, settings.messages_key)
@@ -199,7 +197,7 @@ def _open_parts(output: Path, key: str) -> Path:
     if not key_file.is_file() or json.loads(key_file.read_text()) != key:
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
-        _write_atomically(key_file, lambda path: path.write_text(json.dumps(key)))
+        _write_json(key_file, key)
     return parts
 
 
@@ -215,6 +213,10 @@ def _collect(parts: Path, num_batches: int, output: Path, messages_key: str) -> 
         num_tokens=sum(row["num_tokens"] for row in rows),
         num_cut=sum(row["num_cut"] for row in rows),
     )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value)))
 
 
 def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
