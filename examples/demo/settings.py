@@ -40,11 +40,11 @@ class AnswerSettings:
 class SpeculatorSettings:
     n_predict: int = 3
     width: int = 256
-    num_steps: int = 160
+    num_steps: int = 280
     test_freq: int = 40
     batch_size: int = 16
     max_length: int = 512
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
 
 
 @dataclass(frozen=True)
