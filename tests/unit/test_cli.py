@@ -32,6 +32,8 @@ def run_command(*arguments: str, report_modules: str = "") -> subprocess.Complet
         ["eval", "--help"],
         ["train-report", "--help"],
         ["regenerate", "--help"],
+        ["serve", "--help"],
+        ["export", "--help"],
         ["--version"],
         [],
     ],

@@ -1,0 +1,141 @@
+"""What the serving tests serve: a tiny base model, a speculator of every kind trained on its own text, prompts.
+
+usage: serving_world.py FOLDER
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.support.tiny import VOCAB_SIZE, WORDS, tiny_tokenizer
+from verl_speculator.decoding import generate, speculative_generate
+from verl_speculator.losses import PackedHiddenStates, speculator_loss
+from verl_speculator.models import (
+    ArcticLSTMSpeculator,
+    ArcticLSTMSpeculatorConfig,
+    MLPSpeculator,
+    MLPSpeculatorConfig,
+    Speculator,
+)
+from verl_speculator.serving.export import export_speculator
+
+HIDDEN = 64
+N_PREDICT = 3
+TRAINING_STEPS = 30
+LONGEST_PROMPT = 60
+NEW_TOKENS = 100
+
+COMMON = {"input_hidden_dim": HIDDEN, "vocab_size": VOCAB_SIZE, "n_predict": N_PREDICT}
+EQUAL = {"inner_dim": "48", "emb_dim": "48", "proj_dim": "48"}
+DOTTED = {"inner_dim": "32.48", "emb_dim": "24.32", "proj_dim": "40.24"}
+
+
+def make_speculators() -> dict[str, Speculator]:
+    def mlp(**settings) -> Speculator:
+        return MLPSpeculator(MLPSpeculatorConfig(**COMMON, inner_dim=48, **settings))
+
+    def arctic(method: str, **settings) -> Speculator:
+        return ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**COMMON, method=method, **settings))
+
+    return {
+        "mlp": mlp(),
+        "mlp_untied_scaled": mlp(tie_weights=False, scale_input=True),
+        "rnn": arctic("sum_rnn", **EQUAL, scale_input=True),
+        "rnn_untied_dotted": arctic("sum_rnn", **DOTTED, tie_weights=False),
+        "lstm": arctic("sum_lstm", **EQUAL),
+        "lstm_tied_embeddings_dotted": arctic("sum_lstm", **DOTTED, scale_input=True, tie_lstm_embs=True),
+    }
+
+
+def write_base(folder: Path) -> None:
+    """Attention heads of 32, the smallest that vLLM has on CPU."""
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+    )
+    torch.manual_seed(5)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def make_prompts() -> list[list[int]]:
+    """Token ids: prompts of one token, of lengths in between, and one longer than a chunk of the prefill."""
+    generator = random.Random(1)
+    tokenizer = tiny_tokenizer()
+    prompts = [tokenizer.encode(" ".join(generator.choices(WORDS, k=length))) for length in (2, 5, 9, 14, 20, 3, 7)]
+    return [[17], [300], *prompts, [generator.randrange(3, VOCAB_SIZE) for _ in range(LONGEST_PROMPT)]]
+
+
+def train(base: torch.nn.Module, speculators: dict[str, Speculator], prompts: list[list[int]]) -> None:
+    """A few steps on the base model's own answers to the prompts: drafts are then often right, and often wrong."""
+    generated = generate(base, *padded(prompts), max_new_tokens=NEW_TOKENS).tokens
+    rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, generated, strict=True)]
+    with torch.no_grad():
+        hidden = torch.cat([base.model(ids.unsqueeze(0)).last_hidden_state[0] for ids in rows])
+    packed = PackedHiddenStates(
+        hidden_states=hidden,
+        input_ids=torch.cat(rows),
+        loss_mask=torch.ones(len(hidden), dtype=torch.long),
+        cu_seqlens=torch.tensor([0, *(len(ids) for ids in rows)]).cumsum(0),
+    )
+    for speculator in speculators.values():
+        optimizer = torch.optim.AdamW(speculator.parameters(), lr=1e-2)
+        for _ in range(TRAINING_STEPS):
+            optimizer.zero_grad()
+            speculator_loss(speculator, packed).loss.backward()
+            optimizer.step()
+
+
+def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, padded on the left."""
+    width = max(map(len, prompts))
+    ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    write_base(folder / "base")
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
+    torch.manual_seed(6)
+    speculators = make_speculators()
+    prompts = make_prompts()
+    train(base, speculators, prompts)
+    for name, speculator in speculators.items():
+        # As a training leaves it.
+        speculator.save_pretrained(folder / name / "global_step_60" / "speculator")
+    export_speculator(folder / "mlp_untied_scaled" / "global_step_60", folder / "ibm", "ibm")
+    export_speculator(folder / "mlp" / "global_step_60", folder / "arctic", "arctic", "Qwen2ForCausalLM")
+    (folder / "prompts.json").write_text(json.dumps(prompts))
+    (folder / "reference.json").write_text(json.dumps(reference(base, speculators, prompts)))
+
+
+def reference(base: torch.nn.Module, speculators: dict[str, Speculator], prompts: list[list[int]]) -> dict:
+    """The greedy text of each prompt, and the counters of each speculator, by this project's own decoding."""
+    tokens: list[list[int]] = []
+    counts = {}
+    for name, speculator in speculators.items():
+        result = speculative_generate(base, speculator.eval(), *padded(prompts), max_new_tokens=NEW_TOKENS)
+        tokens = result.tokens
+        counts[name] = dataclasses.asdict(result.counts)
+    return {"tokens": tokens, "counts": counts}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,264 @@
+"""Speculators in a real vLLM on CPU: the same tokens as without, the acceptance that decoding in torch has."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from importlib.metadata import entry_points
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.conftest import REPOSITORY
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+SPECULATORS = ("mlp", "mlp_untied_scaled", "rnn", "rnn_untied_dotted", "lstm", "lstm_tied_embeddings_dotted")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(REPOSITORY), **more}
+
+
+def run_script(name: str, *arguments: str | Path, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(Path(__file__).with_name(name)), *map(str, arguments)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-6000:]
+    return result
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    run_script("serving_world.py", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(world: Path) -> dict[str, Any]:
+    run_script("serving_in_process.py", world, world / "report.json")
+    return json.loads((world / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reference(world: Path) -> dict[str, Any]:
+    return json.loads((world / "reference.json").read_text())
+
+
+def test_entry_point() -> None:
+    (ours,) = entry_points(group="vllm.general_plugins", name="verl_speculator")
+    assert ours.value == "verl_speculator.serving.plugin:register"
+
+
+def test_vllm_is_left_alone_without_a_speculator(report, reference) -> None:
+    assert not report["none"]["runner_hooked"]
+    assert report["mlp"]["runner_hooked"]
+    assert report["none"]["counters"] == {}
+    assert [answer["tokens"] for answer in report["none"]["greedy"]] == reference["tokens"]
+
+
+@pytest.mark.parametrize("name", [*SPECULATORS, "ibm", "arctic"])
+def test_greedy_tokens_are_those_without_a_speculator(name: str, report) -> None:
+    for mine, plain in zip(report[name]["greedy"], report["none"]["greedy"], strict=True):
+        assert mine["tokens"] == plain["tokens"]
+
+
+@pytest.mark.parametrize("name", SPECULATORS)
+def test_requests_that_end_early_or_change_their_logits(name: str, report) -> None:
+    plain = report["none"]["mixed"]
+    assert {answer["finish_reason"] for answer in plain} == {"stop", "length"}
+    for mine, other in zip(report[name]["mixed"], plain, strict=True):
+        logprobs, other_logprobs = mine.pop("logprobs"), other["logprobs"]
+        assert mine == {key: value for key, value in other.items() if key != "logprobs"}
+        assert (logprobs is None) == (other_logprobs is None)
+        for (value, rank), (other_value, other_rank) in zip(logprobs or [], other_logprobs or [], strict=True):
+            assert rank == other_rank
+            assert value == pytest.approx(other_value, abs=1e-4)
+
+
+def test_structured_output_is_obeyed(report) -> None:
+    choice, pattern = report["lstm"]["mixed"][-3], report["lstm"]["mixed"][-2]
+    assert choice["text"] in ("w1 w2 w3 w4", "w1 w2 w30", "no w12")
+    assert pattern["text"].startswith(("yes w", "no w"))
+    assert pattern["finish_reason"] == "length" or pattern["text"].endswith(" end")
+
+
+@pytest.mark.parametrize("name", SPECULATORS)
+def test_acceptance_is_that_of_decoding_in_torch(name: str, report, reference) -> None:
+    mine, expected = report[name]["counters"], reference["counts"][name]
+    assert expected["num_accepted_tokens"] > 0.2 * expected["num_draft_tokens"], "the test needs drafts that are right"
+    assert mine["num_drafts"] == pytest.approx(expected["num_drafts"], rel=0.01)
+    length, expected_length = (1 + c["num_accepted_tokens"] / c["num_drafts"] for c in (mine, expected))
+    assert length == pytest.approx(expected_length, rel=0.01)
+    for position, accepted in enumerate(expected["accepted_per_position"]):
+        assert mine["accepted_per_position"][position] == pytest.approx(accepted, rel=0.01, abs=2)
+
+
+def test_exported_folders_draft_the_same(report) -> None:
+    assert report["ibm"]["counters"] == report["mlp_untied_scaled"]["counters"]
+    fewer, all_heads = report["arctic"]["counters"], report["mlp"]["counters"]
+    assert fewer["num_draft_tokens"] == 2 * fewer["num_drafts"]
+    assert fewer["accepted_per_position"][0] >= all_heads["accepted_per_position"][0], "fewer drafts, so more rounds"
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm"])
+def test_sampled_tokens_have_the_base_models_distribution(name: str, report, world) -> None:
+    """Pearson's test of whole sequences against their exact probabilities, at five standard deviations."""
+    exact = exact_distribution(world, json.loads((world / "prompts.json").read_text())[1])
+    drawn = Counter(tuple(sequence) for sequence in report[name]["sampled"])
+    total = sum(drawn.values())
+    assert set(drawn) <= set(exact), "a sequence that top-k excludes was sampled"
+    assert report[name]["counters_sampled"]["num_accepted_tokens"] > 0.05 * total, "drafts are accepted here"
+    common = [sequence for sequence, p in exact.items() if p * total >= 5]
+    rest = total - sum(drawn[sequence] for sequence in common)
+    rest_expected = total - sum(exact[sequence] * total for sequence in common)
+    cells = [(drawn[sequence], exact[sequence] * total) for sequence in common] + [(rest, rest_expected)]
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+    freedom = len(cells) - 1
+    assert freedom >= 8
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def exact_distribution(world: Path, prompt: list[int]) -> dict[tuple[int, ...], float]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.integration import serving_sampling as sampling
+
+    base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32).eval()
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(sampling.TOKENS):
+        sequences = list(found)
+        with torch.no_grad():
+            logits = base(torch.tensor([prompt + list(sequence) for sequence in sequences])).logits[:, -1]
+        values, tokens = (logits / sampling.TEMPERATURE).topk(sampling.TOP_K)
+        probabilities = values.softmax(-1)
+        found = {
+            (*sequence, int(tokens[row, i])): found[sequence] * float(probabilities[row, i])
+            for (row, sequence), i in product(enumerate(sequences), range(sampling.TOP_K))
+        }
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("good", "no error"),
+        ("too_many", "num_speculative_tokens must be from 1 to the speculator's n_predict (3), not 4."),
+        ("hidden", "trained for a base model with hidden size 32, but that of this model is 64"),
+        ("vocabulary", "trained for a base model with vocabulary 100, but that of this model is 384"),
+        ("broken_config", "is not usable: n_predict must be a positive integer, not 0."),
+        ("no_effect", "draft_sample_method has no effect on the speculator"),
+        ("pipeline", "pipeline_parallel_size must be 1 with a speculator of verl_speculator"),
+        ("old_engine", "but vLLM 0.27.1 is installed: install vllm>=0.28."),
+        ("no_custom_class", "its SpeculativeConfig has no method 'custom_class' any more"),
+        ("runner_moved", "has no parameter sample_hidden_states any more"),
+    ],
+)
+def test_mistake_ends_in_one_sentence(case: str, sentence: str, report) -> None:
+    assert sentence in report["errors"][case]
+
+
+@pytest.fixture(scope="module")
+def server(world, tmp_path_factory):
+    """`verl-speculator serve` as a user starts it, on two tensor-parallel ranks; yields its address and its log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    serve = [sys.executable, "-m", "verl_speculator.cli", "serve", str(world / "base")]
+    arguments = ["--speculator", str(world / "lstm" / "global_step_60"), "--host", "127.0.0.1", "--port", str(port)]
+    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--tensor-parallel-size", "2"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*serve, *arguments, *options, "--served-model-name", "tiny"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Two ranks on a machine with a single NUMA node.
+            env=environment(VLLM_CPU_OMP_THREADS_BIND="nobind"),
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(address, process, log)
+        yield address, log
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_until_ready(address: str, process: subprocess.Popen, log: Path) -> None:
+    for _ in range(1200):
+        assert process.poll() is None, log.read_text()[-6000:]
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.25)
+    pytest.fail(f"the server did not start: {log.read_text()[-6000:]}")
+
+
+def test_server_with_the_openai_client(server, world, reference) -> None:
+    import openai
+
+    address, log = server
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+    prompts = json.loads((world / "prompts.json").read_text())
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    answer = client.completions.create(model="tiny", prompt=prompts, max_tokens=100, temperature=0, extra_body=extra)
+    assert [choice.token_ids for choice in answer.choices] == reference["tokens"]
+    counters, expected = server_counters(address), reference["counts"]["lstm"]
+    for name in ("num_drafts", "num_accepted_tokens"):
+        assert counters[name] == pytest.approx(expected[name], rel=0.01)
+
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 30, "temperature": 0}
+    whole = client.chat.completions.create(**chat).choices[0].message.content
+    parts = [chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**chat, stream=True)]
+    assert whole == "".join(parts)
+    assert len(whole) > 0
+
+    text = log.read_text()
+    assert f"curl {address}/v1/chat/completions" in text
+    assert text.count("Drafting with the ArcticLSTMSpeculator") == 2, "each rank has a whole copy"
+
+
+def server_counters(address: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"{address}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    totals = [line for line in lines if line.startswith("vllm:spec_decode_") and "_per_pos" not in line]
+    return {line.partition("{")[0][17:].removesuffix("_total"): float(line.split()[-1]) for line in totals}
+
+
+@pytest.mark.parametrize("client", ["client.py", "curl.sh"])
+def test_example_clients(client: str, server) -> None:
+    address, _ = server
+    file = REPOSITORY / "examples" / "serving" / client
+    program = [sys.executable] if client.endswith(".py") else ["bash"]
+    result = subprocess.run(
+        [*program, str(file), address, "w1 w2 w3"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "accepted" in result.stdout

@@ -1,0 +1,172 @@
+"""What counts as a speculator, where it may lie, and whether it fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.unit.serving.conftest import HEADS, HIDDEN, VOCAB
+from verl_speculator.errors import CheckpointError, ConfigError
+from verl_speculator.models import ArcticLSTMSpeculatorConfig, MLPSpeculatorConfig
+from verl_speculator.serving.recognition import (
+    check_fits_base,
+    find_speculator,
+    known_architectures,
+    number_of_drafts,
+)
+
+
+def test_architectures_of_all_publishers() -> None:
+    assert known_architectures() == {
+        "MLPSpeculatorPreTrainedModel",
+        "ArcticMLPSpeculatorPreTrainedModel",
+        "ArcticLSTMSpeculatorPreTrainedModel",
+        "MLPVariantSpeculatorPreTrainedModel",
+    }
+
+
+@pytest.mark.parametrize("inside", ["", "speculator", "global_step_7/speculator"])
+def test_folder_and_checkpoint(inside: str, make_speculator, tmp_path) -> None:
+    _, folder = make_speculator("mlp")
+    place = tmp_path / "run" / inside
+    place.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(place)
+    named = place.parent if inside else place
+    found = find_speculator(str(named))
+    assert found is not None
+    assert found.folder() == place
+    assert isinstance(found.config, MLPSpeculatorConfig)
+    assert (found.config.n_predict, found.config.input_hidden_dim) == (HEADS, HIDDEN)
+
+
+def test_config_as_ibm_publishes_it(tmp_path) -> None:
+    """As in the config.json of a published llama3-8b-accelerator; the weights are not needed to recognise it."""
+    values = {
+        "architectures": ["MLPSpeculatorPreTrainedModel"],
+        "emb_dim": 4096,
+        "inner_dim": 3072,
+        "model_type": "mlp_speculator",
+        "n_candidates": 5,
+        "n_predict": 4,
+        "scale_input": True,
+        "tie_weights": True,
+        "top_k_tokens_per_head": [4, 3, 2, 2],
+        "torch_dtype": "float16",
+        "transformers_version": "4.38.2",
+        "vocab_size": 128256,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    found = find_speculator(str(tmp_path))
+    assert found is not None
+    assert found.config == MLPSpeculatorConfig(
+        input_hidden_dim=4096,
+        inner_dim=3072,
+        vocab_size=128256,
+        n_predict=4,
+        scale_input=True,
+        tie_weights=True,
+        torch_dtype="float16",
+    )
+
+
+def test_config_as_snowflake_publishes_it(tmp_path) -> None:
+    values = {
+        "architectures": ["ArcticLSTMSpeculatorPreTrainedModel"],
+        "base_model_archs": ["LlamaForCausalLM"],
+        "emb_dim": "4096",
+        "inner_dim": "4096",
+        "proj_dim": "4096",
+        "input_hidden_dim": 4096,
+        "method": "sum_lstm",
+        "model_type": "mlp_speculator",
+        "n_candidates": 3,
+        "n_predict": 3,
+        "scale_input": True,
+        "tie_lstm_embs": True,
+        "tie_weights": True,
+        "top_k_tokens_per_head": [1, 1, 1],
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    found = find_speculator(str(tmp_path))
+    assert found is not None
+    assert isinstance(found.config, ArcticLSTMSpeculatorConfig)
+    assert (found.config.method, found.config.tie_lstm_embs) == ("sum_lstm", True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"architectures": ["LlamaForCausalLM"]}', '{"architectures": null}', "{}", "[]", "not json"],
+)
+def test_other_models_are_left_to_vllm(text: str, tmp_path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert find_speculator(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["ngram", "pkg.module.Class", "/absent/folder", "./absent", "s3://bucket/model", "a/b/c"]
+)
+def test_names_that_cannot_be_on_the_hub_are_not_looked_up(name: str, monkeypatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("asked the hub"))
+    assert find_speculator(name) is None
+
+
+def test_hub_name_in_the_cache(make_speculator, monkeypatch) -> None:
+    import huggingface_hub
+
+    _, folder = make_speculator("sum_rnn")
+    asked = []
+
+    def download(name: str, file: str, revision: str | None) -> str:
+        asked.append((name, file, revision))
+        return str(folder / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
+    found = find_speculator("owner/speculator", "v2")
+    assert asked == [("owner/speculator", "config.json", "v2")]
+    assert found is not None
+    assert found.folder() == Path(folder)
+
+
+def test_hub_that_does_not_answer_leaves_it_to_vllm(monkeypatch) -> None:
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    assert find_speculator("owner/model") is None
+
+
+def test_speculator_with_an_impossible_value(make_speculator) -> None:
+    _, folder = make_speculator("mlp")
+    values = json.loads((folder / "config.json").read_text()) | {"n_predict": 0}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="n_predict must be a positive integer, not 0"):
+        find_speculator(str(folder))
+
+
+def test_fit() -> None:
+    config = MLPSpeculatorConfig(
+        input_hidden_dim=HIDDEN, vocab_size=VOCAB, n_predict=HEADS, base_model_name_or_path="owner/base"
+    )
+    check_fits_base(config, HIDDEN, VOCAB)
+    with pytest.raises(ConfigError, match=rf"hidden size {HIDDEN}, but that of this model is 64: .*\(owner/base\)"):
+        check_fits_base(config, 64, VOCAB)
+    with pytest.raises(ConfigError, match=f"vocabulary {VOCAB}, but that of this model is 100"):
+        check_fits_base(config, HIDDEN, 100)
+
+
+def test_number_of_drafts() -> None:
+    config = MLPSpeculatorConfig(input_hidden_dim=HIDDEN, vocab_size=VOCAB, n_predict=HEADS)
+    assert number_of_drafts(config, None) == HEADS
+    assert number_of_drafts(config, 1) == 1
+    for wanted in (0, HEADS + 1):
+        with pytest.raises(ConfigError, match=rf"from 1 to the speculator's n_predict \({HEADS}\), not {wanted}"):
+            number_of_drafts(config, wanted)

