@@ -16,6 +16,9 @@ from verl_speculator.errors import CheckpointError, MissingFileError
 CONFIG_NAME = "config.json"
 SAFETENSORS_NAME = "model.safetensors"
 BIN_NAME = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"
+# Whole files and the parts of sharded ones.
+WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin", f"*{INDEX_SUFFIX}")
 SUBFOLDER = "speculator"
 PREFIX = "speculator."
 MAX_NAMES_IN_ERROR = 5
@@ -51,9 +54,11 @@ def read_config(file: Path) -> dict[str, Any]:
 def read_weights(folder: Path) -> tuple[Path, Tensors]:
     """The file that was read and its tensors, on the CPU and under the file's own names."""
     for name, read in ((SAFETENSORS_NAME, load_file), (BIN_NAME, _read_bin)):
-        file = folder / name
+        file, index = folder / name, folder / f"{name}{INDEX_SUFFIX}"
         if file.is_file():
             return file, _read_or_explain(file, read)
+        if index.is_file():
+            return index, _read_shards(index, read)
     raise MissingFileError(f"{folder} holds no weights: neither {SAFETENSORS_NAME} nor {BIN_NAME}.")
 
 
@@ -164,6 +169,22 @@ def _read_or_explain(file: Path, read: Callable[[Path], object]) -> Tensors:
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise CheckpointError(f"{file} must hold tensors by name and nothing else.")
     return dict(tensors)
+
+
+def _read_shards(index: Path, read: Callable[[Path], object]) -> Tensors:
+    """All tensors that an index of Hugging Face's format names, from the files beside it."""
+    try:
+        file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{index} is not a readable index with a weight_map: {error}") from error
+    tensors: Tensors = {}
+    for name in sorted(set(file_of.values())):
+        file = index.parent / name
+        if Path(name).name != name or not file.is_file():
+            raise MissingFileError(f"{index} names the file {name!r}, which is not beside it.")
+        tensors |= _read_or_explain(file, read)
+    _reject(str(index), "names tensors that its files lack", (name for name in file_of if name not in tensors))
+    return tensors
 
 
 def _read_bin(file: Path) -> object:

@@ -8,7 +8,7 @@ from typing import Any
 
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.models import SpeculatorConfig
-from verl_speculator.models.serialization import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, find_folder, read_config
+from verl_speculator.models.serialization import CONFIG_NAME, WEIGHT_PATTERNS, find_folder, read_config
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ServedSpeculator:
             return find_folder(self.source)
         from huggingface_hub import snapshot_download
 
-        files = [CONFIG_NAME, SAFETENSORS_NAME, BIN_NAME]
+        files = [CONFIG_NAME, *WEIGHT_PATTERNS]
         return Path(snapshot_download(self.source, revision=self.revision, cache_dir=cache_dir, allow_patterns=files))
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from verl_speculator.errors import CheckpointError, MissingFileError
@@ -45,6 +46,44 @@ def test_round_trip(any_config, make_speculator, tmp_path, source):
     loaded = Speculator.from_pretrained(tmp_path)
     assert loaded.config == any_config
     assert_same_weights(speculator, loaded)
+
+
+@pytest.fixture
+def sharded(saved):
+    """The folder as huggingface_hub writes it when a file would be too large."""
+    tensors = load_file(saved / "model.safetensors")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (saved / name).unlink()
+    save_torch_state_dict(tensors, saved, max_shard_size=max(tensor.nbytes for tensor in tensors.values()))
+    assert len(list(saved.glob("model-*-of-*.safetensors"))) > 1
+    return saved, tensors
+
+
+def test_sharded_weights(sharded):
+    folder, tensors = sharded
+    loaded = Speculator.from_pretrained(folder).export_state_dict()
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_broken_shards(sharded):
+    folder, _ = sharded
+    index = folder / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    weight_map = values["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map | {"head.9.weight": weight_map["head.0.weight"]}}))
+    with pytest.raises(CheckpointError, match=r"names tensors that its files lack: head\.9\.weight"):
+        Speculator.from_pretrained(folder)
+    index.write_text(json.dumps({"weight_map": weight_map | {"head.0.weight": "../elsewhere.safetensors"}}))
+    with pytest.raises(MissingFileError, match="elsewhere"):
+        Speculator.from_pretrained(folder)
+    index.write_text("{}")
+    with pytest.raises(CheckpointError, match="weight_map"):
+        Speculator.from_pretrained(folder)
+    index.write_text(json.dumps(values))
+    next(folder.glob("model-*-of-*.safetensors")).unlink()
+    with pytest.raises(MissingFileError, match="which is not beside it"):
+        Speculator.from_pretrained(folder)
 
 
 def test_tied_copies_are_written_out(saved):
