@@ -66,8 +66,6 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(first_line(error)) from error
     _resolve_paths(config)
     config.model.partial_pretrain = config.model.path
-    if config.data.val_files is None:
-        config.model.measure_sampled_acceptance = False
     return config
 
 

@@ -29,6 +29,9 @@ def apply_device(config: DictConfig) -> None:
             config.model.override_config.attn_implementation = attention
         if on_cpu and config.engine.get("mixed_precision") is None:
             config.engine.mixed_precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+        if config.data.val_files is None:
+            # Nothing to measure on: the device's memory is for something else.
+            config.model.measure_sampled_acceptance = False
         if config.engine.model_dtype is None:
             config.engine.model_dtype = "bf16" if config.model.freeze_base_model and not on_cpu else "fp32"
     if on_cpu:
