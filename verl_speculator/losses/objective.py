@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,18 @@ class DraftsTokens(Protocol):
 
     def head_weight(self, head_index: int) -> Tensor:
         """The vocabulary matrix of a head: [V, D]."""
+        ...
+
+
+@runtime_checkable
+class EmbedsAtOnce(Protocol):
+    """A speculator whose `step` also takes the embeddings of its tokens."""
+
+    def embed(self, tokens: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """Embeddings [..., E] of each head's `tokens` [...] from one lookup; None if the heads do not share a table.
+
+        The gradient of a table is as large as the table: one lookup has one, and not one for each head.
+        """
         ...
 
 
@@ -136,16 +148,18 @@ def _normalised_weights(head_loss_weights: Sequence[float] | None, n_predict: in
 def _run_heads(speculator: DraftsTokens, packed: PackedHiddenStates, trained_PT: Tensor) -> list[_HeadRows]:
     # A row stays in the chain for as long as this head or a later one trains on it.
     still_needed_PT = trained_PT.flip(0).cumsum(dim=0).flip(0) > 0
-    positions_N = still_needed_PT[0].nonzero().squeeze(1)
-    state = speculator.begin(_select(packed.hidden_states, positions_N))
+    positions = [needed_T.nonzero().squeeze(1) for needed_T in still_needed_PT]
+    tokens = [head_inputs(packed.input_ids, positions_N, i) for i, positions_N in enumerate(positions)]
+    embedded = speculator.embed(tokens) if isinstance(speculator, EmbedsAtOnce) else None
+
+    state = speculator.begin(_select(packed.hidden_states, positions[0]))
     heads = []
-    for head_index in range(speculator.n_predict):
-        kept_N = still_needed_PT[head_index][positions_N].nonzero().squeeze(1)
-        state = tuple(_select(part, kept_N) for part in state)
-        positions_N = _select(positions_N, kept_N)
-        tokens_N = head_inputs(packed.input_ids, positions_N, head_index)
-        state, outputs_ND = speculator.step(state, tokens_N, head_index)
-        trained_N = trained_PT[head_index][positions_N].nonzero().squeeze(1)
+    for i, positions_N in enumerate(positions):
+        if i > 0:
+            kept_N = still_needed_PT[i][positions[i - 1]].nonzero().squeeze(1)
+            state = tuple(_select(part, kept_N) for part in state)
+        state, outputs_ND = speculator.step(state, tokens[i] if embedded is None else embedded[i], i)
+        trained_N = trained_PT[i][positions_N].nonzero().squeeze(1)
         heads.append(_HeadRows(_select(positions_N, trained_N), _select(outputs_ND, trained_N)))
     return heads
 

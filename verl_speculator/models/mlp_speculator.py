@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,9 +70,19 @@ class MLPSpeculator(Speculator):
         self.embedding_scale = embedding_scale(n_predict, width)
         self.reset_parameters()
 
+    def embed(self, tokens: Sequence[torch.Tensor]) -> Sequence[torch.Tensor] | None:
+        """Embeddings [N_i, inner_dim] of every head's tokens [N_i] from one lookup, for `step`; None if untied.
+
+        None too for a subclass with a `step` of its own, which may know nothing of embeddings.
+        """
+        if len(self.emb) > 1 or type(self).step is not MLPSpeculator.step:
+            return None
+        return self.emb[0](torch.cat(list(tokens))).split([len(head_tokens) for head_tokens in tokens])
+
     def step(self, state: State, tokens: torch.Tensor, head_index: int) -> tuple[State, torch.Tensor]:
+        """As `Speculator.step`; floating point `tokens` [..., inner_dim] are embeddings already."""
         (hidden,) = state
-        embedded = for_head(self.emb, head_index)(tokens)
+        embedded = tokens if tokens.is_floating_point() else for_head(self.emb, head_index)(tokens)
         mixed = torch.add(for_head(self.proj, head_index)(hidden), embedded, alpha=self.embedding_scale)
         output = F.gelu(for_head(self.ln, head_index)(mixed))
         return (output,), output

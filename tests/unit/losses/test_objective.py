@@ -267,3 +267,24 @@ def test_untrained_rows_never_enter_the_chain():
     speculator_loss(speculator, packed)
     # Token 15 is the target of one position per head, and only later heads' positions stay in the chain.
     assert speculator.rows == [3, 2, 1]
+
+
+@pytest.mark.parametrize(("tied", "own_step", "lookups"), [(True, False, 1), (False, False, 3), (True, True, 3)])
+def test_a_shared_table_is_looked_up_once(tied, own_step, lookups) -> None:
+    """One lookup has one gradient of the table's size. A subclass with its own `step` gets tokens, as it expects."""
+
+    class OwnStep(MLPSpeculator):
+        def step(self, state, tokens, head_index):
+            assert not tokens.is_floating_point()
+            return super().step(state, tokens, head_index)
+
+    config = MLPSpeculatorConfig(input_hidden_dim=6, vocab_size=11, n_predict=3, inner_dim=8, tie_weights=tied)
+    speculator = (OwnStep if own_step else MLPSpeculator)(config)
+    calls = []
+    for table in speculator.emb:
+        table.register_forward_hook(lambda *_: calls.append(1))
+    packed = PackedHiddenStates(
+        torch.randn(9, 6), torch.randint(11, (9,)), torch.ones(9, dtype=torch.long), torch.tensor([0, 5, 9])
+    )
+    speculator_loss(speculator, packed).loss.backward()
+    assert len(calls) == lookups
