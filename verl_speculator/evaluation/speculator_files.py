@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from verl_speculator.adapters.settings import check_base_sizes
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.models import Speculator, SpeculatorConfig
-from verl_speculator.models.serialization import BIN_NAME, CONFIG_NAME, SAFETENSORS_NAME, find_folder, read_config
+from verl_speculator.models.serialization import CONFIG_NAME, find_folder, find_weights, read_config
 
 _KEY = "--speculator"
 
@@ -18,8 +19,7 @@ def read_speculator_config(path: Path) -> SpeculatorConfig:
     try:
         folder = find_folder(path)
         file = folder / CONFIG_NAME
-        if not any((folder / name).is_file() for name in (SAFETENSORS_NAME, BIN_NAME)):
-            raise MissingFileError(f"{folder} holds no weights: neither {SAFETENSORS_NAME} nor {BIN_NAME}.")
+        find_weights(folder)
         return SpeculatorConfig.from_dict(read_config(file))
     except MissingFileError as error:
         raise MissingFileError(f"{_KEY}: {error}") from error
@@ -44,12 +44,4 @@ def check_fits(config: SpeculatorConfig, hidden_size: int, vocab_size: int, path
 
     The rows count, padding included: the speculator's own vocabulary matrix has as many.
     """
-    for name, own, wanted in (
-        ("hidden size", config.input_hidden_dim, hidden_size),
-        ("vocabulary size", config.vocab_size, vocab_size),
-    ):
-        if own != wanted:
-            raise ConfigError(
-                f"{_KEY}: the speculator in {str(path)!r} was trained for {name} {own} and the base has {wanted}; "
-                "give the base model that it was trained on"
-            )
+    check_base_sizes(config, hidden_size, vocab_size, str(path), _KEY)

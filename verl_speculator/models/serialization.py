@@ -51,15 +51,24 @@ def read_config(file: Path) -> dict[str, Any]:
     return values
 
 
+def find_weights(folder: Path) -> Path:
+    """The weights file of a speculator's folder, or the index of a sharded one; safetensors comes first.
+
+    Raises:
+        MissingFileError: the folder holds neither.
+    """
+    names = [name + suffix for name in (SAFETENSORS_NAME, BIN_NAME) for suffix in ("", INDEX_SUFFIX)]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise MissingFileError(f"{folder} holds no weights: neither {SAFETENSORS_NAME} nor {BIN_NAME}.")
+    return found
+
+
 def read_weights(folder: Path) -> tuple[Path, Tensors]:
-    """The file that was read and its tensors, on the CPU and under the file's own names."""
-    for name, read in ((SAFETENSORS_NAME, load_file), (BIN_NAME, _read_bin)):
-        file, index = folder / name, folder / f"{name}{INDEX_SUFFIX}"
-        if file.is_file():
-            return file, _read_or_explain(file, read)
-        if index.is_file():
-            return index, _read_shards(index, read)
-    raise MissingFileError(f"{folder} holds no weights: neither {SAFETENSORS_NAME} nor {BIN_NAME}.")
+    """The file of `find_weights` and its tensors, on the CPU and under the file's own names."""
+    file = find_weights(folder)
+    read = load_file if file.name.startswith(SAFETENSORS_NAME) else _read_bin
+    return file, _read_shards(file, read) if file.name.endswith(INDEX_SUFFIX) else _read_or_explain(file, read)
 
 
 def strip_prefix(tensors: Mapping[str, torch.Tensor]) -> Tensors:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from typing import Any
 
 from verl_speculator.errors import ConfigError, MissingFileError
+from verl_speculator.models.serialization import read_config
 from verl_speculator.serving.compatibility import check_version
 from verl_speculator.serving.recognition import check_fits_base, find_speculator, known_architectures, number_of_drafts
 
@@ -32,7 +31,7 @@ def check_before_serving(base: str, speculator: str, num_tokens: int | None, res
             f"whose architectures hold one of {', '.join(sorted(known_architectures()))}."
         )
     number_of_drafts(found.config, num_tokens)
-    sizes = _base_sizes(base)
+    sizes = base_sizes(base)
     if sizes is not None:
         check_fits_base(found.config, *sizes)
 
@@ -65,12 +64,12 @@ def _installed_version() -> str | None:
     return None
 
 
-def _base_sizes(base: str) -> tuple[int, int] | None:
+def base_sizes(base: str) -> tuple[int, int] | None:
     """Hidden size and vocabulary of a base model in a folder; None where only vLLM can tell."""
     config_file = Path(base) / "config.json"
     if not config_file.is_file():
         return None
-    values: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+    values = read_config(config_file)
     values = values.get("text_config") or values
-    sizes = values.get("hidden_size"), values.get("vocab_size")
-    return sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]
+    hidden_size, vocab_size = values.get("hidden_size"), values.get("vocab_size")
+    return (hidden_size, vocab_size) if isinstance(hidden_size, int) and isinstance(vocab_size, int) else None

@@ -79,8 +79,8 @@ def test_speculator_without_weights_or_with_a_strange_config(given, tmp_path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"input_hidden_dim": 48}, "trained for hidden size 48 and the base has 32"),
-        ({"vocab_size": 383}, "trained for vocabulary size 383 and the base has 384"),
+        ({"input_hidden_dim": 48}, "trained for hidden size 48 and the base model has 32"),
+        ({"vocab_size": 383}, "trained for vocabulary size 383 and the base model has 384"),
     ],
 )
 def test_speculator_of_another_base(given, tmp_path, changes, message) -> None:

@@ -9,6 +9,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from verl_speculator.errors import CheckpointError, MissingFileError
+from verl_speculator.evaluation.speculator_files import read_speculator_config
 from verl_speculator.models import ArcticLSTMSpeculator, MLPSpeculator, MLPSpeculatorConfig, Speculator
 
 CONFIG = MLPSpeculatorConfig(input_hidden_dim=18, vocab_size=37, n_predict=3, inner_dim=24)
@@ -64,6 +65,14 @@ def test_sharded_weights(sharded):
     loaded = Speculator.from_pretrained(folder).export_state_dict()
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_sharded_weights_can_be_evaluated(sharded):
+    folder, _ = sharded
+    assert read_speculator_config(folder) == CONFIG
+    next(folder.glob("*.index.json")).unlink()
+    with pytest.raises(MissingFileError, match="holds no weights"):
+        read_speculator_config(folder)
 
 
 def test_broken_shards(sharded):

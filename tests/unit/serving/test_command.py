@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.serving.conftest import HIDDEN, VOCAB
+from verl_speculator.errors import CheckpointError
 from verl_speculator.serving import command, preflight
 
 
@@ -130,3 +131,12 @@ def test_export_says_what_it_wrote(make_speculator, tmp_path, capsys) -> None:
     assert capsys.readouterr().out.startswith(f"Wrote {tmp_path / 'out'} (config.json, model.safetensors")
     assert call("export", "--format", "ibm", str(folder), str(tmp_path / "out")) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_base_with_a_broken_config_ends_in_one_sentence(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json is not readable JSON"):
+        preflight.base_sizes(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"text_config": {"hidden_size": 8, "vocab_size": 16}}')
+    assert preflight.base_sizes(str(tmp_path)) == (8, 16)
+    assert preflight.base_sizes(str(tmp_path / "owner" / "hub-name")) is None
