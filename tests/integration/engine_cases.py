@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,10 +19,10 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.workers.config import TrainingWorkerConfig
 
-from verl_speculator.engine.hidden_states import gather_sequence, share_of_sequence
+from verl_speculator.engine.hidden_states import gather_sequence, share_of_targets
 from verl_speculator.engine.metric_sums import SUMS_KEY
 from verl_speculator.engine.model_config import MODEL_TYPE
-from verl_speculator.platforms import cpu
+from verl_speculator.platforms import cpu, megatron_cpu
 from verl_speculator.trainer.configuration import load_config
 from verl_speculator.trainer.devices import apply_device
 from verl_speculator.trainer.sft_trainer import base_loss
@@ -47,9 +48,10 @@ def build_worker(overrides: list[str]) -> tuple[SpeculatorTrainingWorker, object
     return worker, config
 
 
-def rank_batch(batch_file: str, config) -> object:
+def rank_batch(batch_file: str, config, engine) -> object:
     """This rank's share of the saved sequences, as the trainer's data loader would give it."""
-    rows = torch.load(batch_file, weights_only=True)[dist.get_rank() :: dist.get_world_size()]
+    num_ranks = engine.get_data_parallel_size()
+    rows = torch.load(batch_file, weights_only=True)[engine.get_data_parallel_rank() :: num_ranks]
     items = [{"input_ids": ids, "loss_mask": mask, "position_ids": torch.arange(ids.numel())} for ids, mask in rows]
     settings = {
         "use_remove_padding": config.model.use_remove_padding,
@@ -57,7 +59,7 @@ def rank_batch(batch_file: str, config) -> object:
         "max_token_len_per_gpu": config.data.max_token_len_per_gpu,
         "micro_batch_size_per_gpu": config.data.micro_batch_size_per_gpu,
         "temperature": 1.0,
-        "global_batch_size": len(rows) * dist.get_world_size(),
+        "global_batch_size": len(rows) * num_ranks,
         "pad_mode": "no_padding",
         "pad_token_id": 0,
     }
@@ -65,36 +67,63 @@ def rank_batch(batch_file: str, config) -> object:
 
 
 def gradients(engine) -> dict[str, torch.Tensor]:
-    named = list(engine.speculator_unit.named_parameters())
+    grads = {name: whole_gradient(name, parameter) for name, parameter in engine.speculator_unit.named_parameters()}
     if not engine.is_base_frozen:
-        named += [(f"base.{name}", parameter) for name, parameter in engine.module.named_parameters()]
-    whole = {}
-    for name, parameter in named:
-        grad = parameter.grad
-        assert grad is not None, f"{name} has no gradient"
-        whole[name] = (grad.full_tensor() if isinstance(grad, DTensor) else grad).contiguous()
-    return whole
+        grads |= {f"base.{name}": grad for name, grad in base_gradients(engine)}
+    return grads
+
+
+def whole_gradient(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    grad = parameter.grad
+    assert grad is not None, f"{name} has no gradient"
+    return (grad.full_tensor() if isinstance(grad, DTensor) else grad).contiguous()
+
+
+def base_gradients(engine) -> Iterator[tuple[str, torch.Tensor]]:
+    if not isinstance(engine.module, list):
+        for name, parameter in engine.module.named_parameters():
+            yield name, whole_gradient(name, parameter)
+        return
+    # What brings Megatron's weights into Hugging Face's layout brings gradients there too, put in their place.
+    parameters = [parameter for module in engine.module for parameter in module.parameters()]
+    weights = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.main_grad.to(parameter.dtype)
+    with megatron_cpu.emulated_device():
+        yield from ((name, grad.clone()) for name, grad in engine.bridge.export_weights(engine.module))
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
+
+
+def modules(engine) -> list[torch.nn.Module]:
+    return engine.module if isinstance(engine.module, list) else [engine.module]
+
+
+def speculator_optimizer(engine) -> torch.optim.Optimizer:
+    return getattr(engine, "speculator_optimizer", engine.optimizer)
 
 
 def run_case(case: dict, output: Path) -> None:
     worker, config = build_worker(case["overrides"])
     engine = worker.engine
-    batch = rank_batch(case["batch"], config)
+    batch = rank_batch(case["batch"], config, engine)
     with engine.train_mode():
         engine.optimizer_zero_grad()
         out = engine.forward_backward_batch(batch, base_loss)
         grads = gradients(engine)
+        named = [named for module in modules(engine) for named in module.named_parameters()]
         state = {
             "loss": out["loss"][0],
             "sums": out["metrics"][SUMS_KEY],
-            "training": engine.module.training,
-            "base_grads": [n for n, p in engine.module.named_parameters() if p.grad is not None],
-            "optimizer_params": sum(len(group["params"]) for group in engine.optimizer.param_groups),
+            "training": any(module.training for module in modules(engine)),
+            "base_grads": [name for name, parameter in named if parameter.grad is not None],
+            "base_has_optimizer": getattr(engine, "speculator_optimizer", None) is not None and bool(engine.optimizer),
+            "optimizer_params": sum(len(group["params"]) for group in speculator_optimizer(engine).param_groups),
             "speculator_params": len(list(engine.speculator_unit.parameters())),
-            "base_modules": [name for name, _ in engine.module.named_modules()],
+            "base_modules": [name for module in modules(engine) for name, _ in module.named_modules()],
         }
     with engine.eval_mode(), torch.no_grad():
-        batch = rank_batch(case["batch"], config)
+        batch = rank_batch(case["batch"], config, engine)
         out = engine.forward_backward_batch(batch, base_loss, forward_only=True)
         state["eval_loss"], state["eval_sums"] = out["loss"][0], out["metrics"][SUMS_KEY]
     if dist.get_rank() == 0:
@@ -110,12 +139,12 @@ def check_sequence_parallel_layout(output: Path) -> None:
     shard = padded.chunk(size)[rank].clone().requires_grad_()
     gathered = gather_sequence(shard, None, pad)
     mask = torch.ones(11)
-    loss = (gathered.pow(3).sum(-1) * share_of_sequence(mask, rank, size)).sum()
+    loss = (gathered.pow(3).sum(-1) * share_of_targets(mask, rank, size)).sum()
     loss.backward()
     expected = torch.cat([3 * whole.pow(2), whole.new_zeros(pad, 4)]).chunk(size)[rank]
     total = loss.detach().clone()
     dist.all_reduce(total)
-    shares = torch.stack([share_of_sequence(mask, other, size) for other in range(size)])
+    shares = torch.stack([share_of_targets(mask, other, size) for other in range(size)])
     torch.testing.assert_close(gathered, whole)
     torch.testing.assert_close(shard.grad, expected)
     torch.testing.assert_close(total, whole.pow(3).sum())

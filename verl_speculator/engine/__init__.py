@@ -1,5 +1,14 @@
-"""Engines with a speculator. Importing this registers them with verl."""
+"""Engines with a speculator. Importing this registers the FSDP one with verl."""
+
+import importlib
 
 from verl_speculator.engine.fsdp import FSDPEngineWithLMHeadAndSpeculator
+from verl_speculator.platforms import cpu
 
-__all__ = ["FSDPEngineWithLMHeadAndSpeculator"]
+__all__ = ["FSDPEngineWithLMHeadAndSpeculator", "register_megatron"]
+
+
+def register_megatron() -> None:
+    """Register the Megatron engine, which needs megatron-core, with verl."""
+    module = "megatron_on_cpu" if cpu.is_active() else "megatron"
+    importlib.import_module(f"verl_speculator.engine.{module}")

@@ -39,11 +39,12 @@ from verl_speculator.engine.hidden_states import (
     gather_sequence,
     record_lm_head_input,
     replace_lm_head,
-    share_of_sequence,
+    share_of_sequences,
+    share_of_targets,
 )
-from verl_speculator.engine.metric_sums import SUMS_KEY, reduce_sums
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.speculator_unit import PREFIX, SpeculatorUnit, build_speculator, shard
+from verl_speculator.engine.step_sums import StepSums
 from verl_speculator.engine.target_head import FrozenHead, gathered_head, plain_head
 from verl_speculator.losses import PackedHiddenStates
 
@@ -73,6 +74,7 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
     speculator_unit: SpeculatorUnit
     _hidden_states: LastHiddenStates
     _frozen_head: FrozenHead | None = None
+    _sums: StepSums
 
     @property
     def is_base_frozen(self) -> bool:
@@ -153,25 +155,9 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable, forward_only: bool = False
     ) -> dict[str, Any]:
-        head_counts = self.adapter.count_trained_positions(data["loss_mask"].values(), data["input_ids"].offsets())
-        self._head_counts = head_counts.to(get_device_id())
-        torch.distributed.all_reduce(self._head_counts, group=self.get_data_parallel_group())
-        self._micro_batch_sums: list[dict[str, Tensor]] = []
-        output = super().forward_backward_batch(data, loss_function, forward_only)
-        sums = reduce_sums(self._micro_batch_sums, None, get_device_id())
-        if not self.is_base_frozen:
-            # Every rank of a sequence-parallel group has computed the same base loss.
-            sums["base_loss"] /= self.ulysses_sequence_parallel_size
-            sums["base/count"] = float(tu.get_non_tensor_data(data=data, key="batch_num_tokens", default=0))
-            sums["base/loss_sum"] = sums["base_loss"] * sums["base/count"]
-        output["loss"] = [self._total_loss(sums)]
-        output["metrics"] = {SUMS_KEY: sums}
-        return output
-
-    def _total_loss(self, sums: dict[str, float]) -> float:
-        if self.is_base_frozen:
-            return sums["speculator_loss"]
-        return sums["base_loss"] + self.model_config.speculator_loss_coeff * sums["speculator_loss"]
+        self._sums = StepSums(self.adapter, data, self.get_data_parallel_group())
+        super().forward_backward_batch(data, loss_function, forward_only)
+        return self._sums.output(data, self.model_config.speculator_loss_coeff)
 
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Callable, forward_only: bool
@@ -188,14 +174,15 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
                 speculator_loss, sums = self.speculator_unit(packed, self._whole_sequences(packed, micro_batch, weight))
         else:
             speculator_loss, sums = self.speculator_unit(packed)
-        sums = dict(sums, speculator_loss=speculator_loss)
+        losses = {"speculator_loss": speculator_loss}
         # FSDP averages gradients over all ranks, and each rank holds a different part of the global batch's loss.
         loss = speculator_loss * torch.distributed.get_world_size()
         if base_loss is not None:
-            # verl has already scaled its loss by the number of data-parallel ranks.
-            sums["base_loss"] = base_loss / self.get_data_parallel_size()
+            # verl has already scaled its loss by the data-parallel ranks; those of a sequence-parallel group all have
+            # the same one.
+            losses["base_loss"] = base_loss / torch.distributed.get_world_size()
             loss = base_loss + self.model_config.speculator_loss_coeff * loss
-        self._micro_batch_sums.append({name: value.detach() for name, value in sums.items()})
+        self._sums.record(sums, **losses)
         return loss, {"model_output": {}, "loss": 0.0, "metrics": {}}
 
     def _autocast(self) -> Any:
@@ -223,7 +210,7 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
             group = self.ulysses_parallel_group
             hidden_states = gather_sequence(hidden_states.squeeze(0), group, output_args["pad_size"])
             rank, size = torch.distributed.get_rank(group), self.ulysses_sequence_parallel_size
-            loss_mask = share_of_sequence(loss_mask, rank, size)
+            loss_mask = share_of_targets(loss_mask, rank, size)
         else:
             hidden_states = hidden_states.squeeze(0)[: input_ids.shape[0]]
         if self.is_base_frozen or self.model_config.detach_hidden_states:
@@ -233,7 +220,7 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
             input_ids=input_ids,
             loss_mask=loss_mask,
             cu_seqlens=cu_seqlens,
-            head_counts=self._head_counts,
+            head_counts=self._sums.head_counts,
         )
 
     def _target_weight(self) -> AbstractContextManager[Tensor | None]:
@@ -247,10 +234,11 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
     def _whole_sequences(
         self, packed: PackedHiddenStates, micro_batch: TensorDict, lm_head_weight: Tensor | None
     ) -> PackedHiddenStates:
-        """The batch with answers uncut: of a sequence-parallel group, whose ranks all hold it, the first counts it."""
+        """The batch with answers uncut: the ranks of a sequence-parallel group, which all hold it, take turns."""
         loss_mask = micro_batch["loss_mask"].values()
-        if self.use_ulysses_sp and torch.distributed.get_rank(self.ulysses_parallel_group) != 0:
-            loss_mask = torch.zeros_like(loss_mask)
+        if self.use_ulysses_sp:
+            rank, size = torch.distributed.get_rank(self.ulysses_parallel_group), self.ulysses_sequence_parallel_size
+            loss_mask = share_of_sequences(loss_mask, packed.cu_seqlens, rank, size)
         return dataclasses.replace(packed, loss_mask=loss_mask, lm_head_weight=lm_head_weight)
 
     @contextmanager

@@ -100,10 +100,22 @@ def gather_sequence(shard: Tensor, group: Any, pad_size: int) -> Tensor:
     return whole[: whole.shape[0] - pad_size]
 
 
-def share_of_sequence(loss_mask: Tensor, rank: int, size: int) -> Tensor:
-    """The loss mask with only this rank's equal share of the positions left in it."""
-    num_tokens = loss_mask.shape[0]
-    share = torch.zeros_like(loss_mask)
-    start, stop = num_tokens * rank // size, num_tokens * (rank + 1) // size
-    share[start:stop] = loss_mask[start:stop]
-    return share
+def share_of_targets(loss_mask: Tensor, rank: int, size: int) -> Tensor:
+    """The loss mask ``[T]`` with only this rank's equal share of the trained tokens left in it.
+
+    The ranks of a group that all hold the same batch share out its loss so, whatever part of it is prompt. Where two
+    shares meet, no rank sees the targets of all heads of a position; the heads' losses miss nothing by it.
+    """
+    is_target_T = loss_mask == 1
+    ordinal_T = is_target_T.cumsum(dim=0)
+    total = ordinal_T[-1:]
+    start, stop = total * rank // size, total * (rank + 1) // size
+    return loss_mask * (is_target_T & (ordinal_T > start) & (ordinal_T <= stop))
+
+
+def share_of_sequences(loss_mask: Tensor, cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
+    """The loss mask ``[T]`` with only every ``size``-th sequence left in it, for what needs sequences uncut."""
+    sequence_T = torch.bucketize(
+        torch.arange(loss_mask.shape[0], device=loss_mask.device), cu_seqlens[1:].to(loss_mask.device), right=True
+    )
+    return loss_mask * (sequence_T % size == rank)

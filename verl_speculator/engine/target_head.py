@@ -34,11 +34,15 @@ class FrozenHead(nn.Module):
 
 def plain_head(model: Any) -> nn.Linear | None:
     """The output embeddings if `hidden_states @ weight.T` are the model's logits; None if it does more to them."""
-    config = model.config.get_text_config()
-    changes_logits = any(getattr(config, name, None) not in (None, 1.0) for name in _LOGIT_SETTINGS)
     head = model.get_output_embeddings()
     is_matrix = isinstance(head, nn.Linear) and head.bias is None
-    return head if is_matrix and not changes_logits else None
+    return head if is_matrix and has_plain_logits(model.config) else None
+
+
+def has_plain_logits(hf_config: Any) -> bool:
+    """Whether the model's configuration asks for nothing between the vocabulary matrix and the distribution."""
+    config = hf_config.get_text_config()
+    return all(getattr(config, name, None) in (None, 1.0) for name in _LOGIT_SETTINGS)
 
 
 @contextmanager

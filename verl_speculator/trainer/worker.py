@@ -1,4 +1,4 @@
-"""verl's training worker, made ready for our engines on any device."""
+"""verl's training worker, made ready for our engines on any device. Importing it registers the FSDP engine."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from typing import Any
 
 from verl.workers.engine_workers import TrainingWorker
 
-import verl_speculator.engine  # noqa: F401 - registers the engines in this process
+from verl_speculator.engine import register_megatron
 from verl_speculator.platforms import cpu
+from verl_speculator.trainer.megatron_packages import check_packages
 
 
 class SpeculatorTrainingWorker(TrainingWorker):
     def __init__(self, config: Any) -> None:
+        if config.engine_config.strategy == "megatron":
+            # A Ray driver on another machine could not tell.
+            check_packages(config.engine_config)
+            register_megatron()
         if cpu.is_active():
             cpu.init_process_group()
+        if config.engine_config.strategy == "megatron":
+            register_megatron()
         super().__init__(config)
         if self.model_config.freeze_base_model:
             # verl's estimate is for training the whole model: wrong where the base has no backward pass.
