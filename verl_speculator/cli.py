@@ -21,6 +21,7 @@ Train a speculator. Settings are Hydra overrides on verl's sft_trainer_engine; t
   model.speculator.method=sum_rnn          or sum_lstm
   model.speculator.inner_dim=1024          also emb_dim and proj_dim; "1024.2048" is a stack
   trainer.default_local_dir=FOLDER         where checkpoints go
+  engine=megatron optim=megatron           the base on Megatron; engine.tensor_model_parallel_size=2
 
 Everything is checked before a process is started. On several machines run torchrun yourself:
   torchrun --nnodes=2 ... -m verl_speculator.trainer.sft_trainer key=value ...

@@ -21,8 +21,19 @@ _WEIGHTS = (
 
 
 class BaseSizes(NamedTuple):
+    """What ``config.json`` says; None where it does not say it."""
+
     hidden_size: int
     vocab_size: int
+    num_layers: int | None
+    num_attention_heads: int | None
+    num_key_value_heads: int | None
+    # None too for a mixture of experts, whose layers may all be experts.
+    intermediate_size: int | None
+
+
+# How a mixture of experts is told from a dense model.
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def check_base_model(model: DictConfig) -> BaseSizes | None:
@@ -48,7 +59,15 @@ def check_base_model(model: DictConfig) -> BaseSizes | None:
     base = text_config if isinstance(text_config, dict) else base
     if "hidden_size" not in base or "vocab_size" not in base:
         return None
-    return BaseSizes(base["hidden_size"], base["vocab_size"])
+    heads = base.get("num_attention_heads")
+    return BaseSizes(
+        hidden_size=base["hidden_size"],
+        vocab_size=base["vocab_size"],
+        num_layers=base.get("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=base.get("num_key_value_heads") or heads,
+        intermediate_size=None if any(base.get(key) for key in _EXPERT_KEYS) else base.get("intermediate_size"),
+    )
 
 
 def _could_be_elsewhere(name: str) -> bool:

@@ -17,11 +17,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl_speculator.errors import ConfigError
+from verl_speculator.trainer.engine_keys import ENGINES, OtherEngine
 from verl_speculator.trainer.overrides import (
     KnownKeys,
     check_overrides,
+    chosen_engine,
     first_line,
     known_keys,
+    only_in,
     parse_overrides,
     quoted,
 )
@@ -56,8 +59,9 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
     parsed = parse_overrides(overrides)
     search_path = "hydra.searchpath=[" + quoted(f"file://{_verl_config_dir()}") + "]"
     try:
+        engine = chosen_engine(parsed)
         with initialize_config_dir(str(config_dir()), version_base=None):
-            check_overrides(parsed, _known_keys(search_path))
+            check_overrides(parsed, _known_keys(search_path, engine), _other_engine(search_path, engine))
             config = compose(CONFIG_NAME, [search_path, *(str(override.input_line) for override in parsed)])
         if {"model.path", "model.partial_pretrain"} <= {override.key_or_group for override in parsed}:
             _check_same_base_model(config)
@@ -70,8 +74,13 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
 
 
 @functools.cache
-def _known_keys(search_path: str) -> KnownKeys:
-    return known_keys(compose(CONFIG_NAME, [search_path]))
+def _known_keys(search_path: str, engine: str) -> KnownKeys:
+    return known_keys(compose(CONFIG_NAME, [search_path, f"engine={engine}", f"optim={engine}"]))
+
+
+def _other_engine(search_path: str, engine: str) -> OtherEngine:
+    (other,) = (name for name in ENGINES if name != engine)
+    return OtherEngine(other, lambda: only_in(other, _known_keys(search_path, other), _known_keys(search_path, engine)))
 
 
 def _verl_config_dir() -> Path:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from verl_speculator.errors import SpeculatorError
 from verl_speculator.trainer.configuration import load_config
+from verl_speculator.trainer.launch import joins_cluster
 from verl_speculator.trainer.preflight import check_run
 
 EXIT_USER_ERROR = 2
@@ -19,12 +20,13 @@ def run_trainer(
 ) -> int:
     """Check the configuration and train; the exit status.
 
-    :param world_size: None takes it from ``trainer.nnodes`` and ``trainer.n_gpus_per_node``
+    :param world_size: None on a Ray driver, which takes it from ``trainer.nnodes`` and ``trainer.n_gpus_per_node``
     """
     try:
         config = load_config(overrides)
+        under_ray = world_size is None
         world_size = world_size or config.trainer.nnodes * config.trainer.n_gpus_per_node
-        check_run(config, world_size, read_weights=rank == 0)
+        check_run(config, world_size, read_weights=rank == 0, workers_elsewhere=under_ray and joins_cluster())
     except SpeculatorError as error:
         # Every rank finds the same.
         return _report(error) if rank == 0 else EXIT_USER_ERROR

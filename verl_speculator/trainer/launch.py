@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from omegaconf import DictConfig
+
 from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.configuration import load_config
+from verl_speculator.trainer.parallelism import engine_name
 
 
 def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> NoReturn:
@@ -40,7 +43,8 @@ def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) 
         raise ConfigError(f"--nproc must be at least 1, got {num_processes}")
     if use_ray:
         overrides = [*overrides, f"trainer.n_gpus_per_node={num_processes}"]
-        check_run(load_config(overrides), num_processes * config.trainer.nnodes)
+        world_size = num_processes * config.trainer.nnodes
+        check_run(load_config(overrides), world_size, workers_elsewhere=joins_cluster())
         arguments = ["-m", "verl_speculator.trainer.sft_trainer_ray"]
     else:
         if config.trainer.nnodes != 1:
@@ -54,9 +58,25 @@ def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) 
     if num_devices == 0:
         # One thread pool per process, together as wide as the machine.
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // num_processes, 1)))
-    # verl warns in every process of each optional engine that is not installed.
-    environment.setdefault("PYTHONWARNINGS", "ignore::UserWarning:verl.workers.engine")
+    environment.setdefault("PYTHONWARNINGS", ",".join(_expected_warnings(config, on_cpu=num_devices == 0)))
     return [sys.executable, *arguments, *overrides], environment
+
+
+def _expected_warnings(config: DictConfig, on_cpu: bool) -> list[str]:
+    """Of what is not installed and not needed; every process would repeat them."""
+    filters = ["ignore::UserWarning:verl.workers.engine"]
+    if engine_name(config) == "megatron" and config.engine.vanilla_mbridge is None:
+        # Taken only where there is no newer bridge.
+        filters.append("ignore:The legacy mbridge backend:FutureWarning")
+    if engine_name(config) == "megatron" and on_cpu:
+        filters.append("ignore:Transformer Engine and Apex are not installed:UserWarning")
+        filters.append("ignore:Apex is not installed:UserWarning")
+    return filters
+
+
+def joins_cluster() -> bool:
+    """Whether Ray will use a running cluster instead of starting one on this machine."""
+    return "RAY_ADDRESS" in os.environ
 
 
 def _count_devices() -> int:

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from verl_speculator.errors import ConfigError
+from verl_speculator.trainer.engine_keys import ENGINES, OtherEngine
 
 # Every key's full name, and whether it is a section.
 KnownKeys: TypeAlias = Mapping[str, bool]
@@ -21,7 +22,7 @@ KnownKeys: TypeAlias = Mapping[str, bool]
 _WIDTH = re.compile(r"(\+{0,2}model\.speculator\.\w+_dim)=(\d+(?:\.\d+)+)")
 
 # verl's configuration groups, and what this package can train with.
-_GROUPS = {"model": ("hf_model",), "engine": ("fsdp",), "optim": ("fsdp",), "profiler": ("profiler",)}
+_GROUPS = {"model": ("hf_model",), "engine": ENGINES, "optim": ENGINES, "profiler": ("profiler",)}
 
 # Sections to which a user may add keys; what these may be is checked where they are read.
 _OPEN_SECTIONS = (
@@ -30,6 +31,9 @@ _OPEN_SECTIONS = (
     "data.apply_chat_template_kwargs",
     "optim.override_optimizer_config",
     "engine.mixed_precision",
+    "engine.override_ddp_config",
+    "engine.override_mcore_model_config",
+    "engine.override_transformer_config",
 )
 # Read by verl, although its configuration files do not list them.
 _UNLISTED_KEYS = (
@@ -40,14 +44,18 @@ _UNLISTED_KEYS = (
     "data.seed",
     "engine.mixed_precision",
 )
+_ONLY_FSDP_READS = ("engine.mixed_precision",)
 # What other trainers call the same thing, where no likeness of the letters would tell.
 _OTHER_NAMES = {
     "base_model": "model.partial_pretrain",
     "batch_size": "data.train_batch_size",
+    "cp": "engine.context_parallel_size",
     "epochs": "trainer.total_epochs",
     "learning_rate": "optim.lr",
     "output_dir": "trainer.default_local_dir",
+    "pp": "engine.pipeline_model_parallel_size",
     "save_path": "trainer.default_local_dir",
+    "tp": "engine.tensor_model_parallel_size",
 }
 
 
@@ -59,11 +67,35 @@ def parse_overrides(texts: Sequence[str]) -> list[Override]:
     return [_parse(text) for text in texts]
 
 
+def chosen_engine(overrides: Sequence[Override]) -> str:
+    """The engine that the groups ``engine`` and ``optim`` name.
+
+    :raises ConfigError: a group that cannot train a speculator, or two that do not go together
+    """
+    chosen = {"engine": ENGINES[0], "optim": ENGINES[0]}
+    for override in overrides:
+        if override.key_or_group in chosen and not override.is_delete() and not isinstance(override.value(), dict):
+            _check_group(override)
+            chosen[override.key_or_group] = str(override.value())
+    if chosen["engine"] != chosen["optim"]:
+        raise ConfigError(
+            f"engine={chosen['engine']} does not go with optim={chosen['optim']}: "
+            "give both engine=megatron and optim=megatron, or neither"
+        )
+    return chosen["engine"]
+
+
 def known_keys(defaults: DictConfig) -> KnownKeys:
     return dict(_flatten(defaults))
 
 
-def check_overrides(overrides: Sequence[Override], known: KnownKeys) -> None:
+def only_in(engine: str, its_keys: KnownKeys, others_keys: KnownKeys) -> list[str]:
+    """The keys that a configuration with ``engine`` has and one with the other engine has not."""
+    unlisted = _ONLY_FSDP_READS if engine == "fsdp" else ()
+    return [*unlisted, *(key for key in its_keys if key not in others_keys)]
+
+
+def check_overrides(overrides: Sequence[Override], known: KnownKeys, other: OtherEngine) -> None:
     """Raise :class:`ConfigError` for the first override of something that the configuration does not have."""
     for override in overrides:
         key, value = override.key_or_group, override.value()
@@ -72,12 +104,12 @@ def check_overrides(overrides: Sequence[Override], known: KnownKeys) -> None:
         if key in _GROUPS and not isinstance(value, dict):
             _check_group(override)
             continue
-        _check_key(key, override, known)
+        _check_key(key, override, known, other)
         if known.get(key):
             if not isinstance(value, dict):
                 raise ConfigError(f"{key} is a section: set the keys in it, which are {', '.join(_names(key, known))}")
             for name in _nested_names(value):
-                _check_key(f"{key}.{name}", override, known)
+                _check_key(f"{key}.{name}", override, known, other)
 
 
 def quoted(text: str) -> str:
@@ -116,19 +148,24 @@ def _check_group(override: Override) -> None:
     group, choices = override.key_or_group, _GROUPS[override.key_or_group]
     if override.is_add() or override.package is not None or override.value() not in choices:
         raise ConfigError(
-            f"{override.input_line!r} cannot train a speculator: {group} must be {' or '.join(choices)}, its default"
+            f"{override.input_line!r} cannot train a speculator: {group} must be {' or '.join(choices)}, "
+            f"as in {group}={choices[0]}"
         )
 
 
-def _check_key(key: str, override: Override, known: KnownKeys) -> None:
+def _check_key(key: str, override: Override, known: KnownKeys, other: OtherEngine) -> None:
     if key in known:
         if override.is_add() and not known[key]:
             raise ConfigError(f"{key} is there already: write {key}=... without the plus sign")
         return
+    other.refuse(key)
     can_be_added = key in _UNLISTED_KEYS or key.startswith(tuple(f"{section}." for section in _OPEN_SECTIONS))
     if can_be_added and (override.is_add() or override.is_force_add()):
         return
     near = _nearest_sibling(key, known) if can_be_added else _nearest(key, known)
+    others = other.nearest(key, near)
+    if others is not None:
+        raise ConfigError(f"{key} is not a configuration key; did you mean {others}, of engine={other.name}?")
     if can_be_added and (near is None or key in _UNLISTED_KEYS):
         raise ConfigError(f"{key} is not among the defaults: add it with a plus sign, +{key}=...")
     if near is None:
@@ -145,7 +182,7 @@ def _nearest(key: str, known: KnownKeys) -> str | None:
     sibling = _nearest_sibling(key, known)
     if sibling is not None:
         return sibling
-    if name in _OTHER_NAMES:
+    if _OTHER_NAMES.get(name) in known:
         return _OTHER_NAMES[name]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6) if section not in known else []
     if near:

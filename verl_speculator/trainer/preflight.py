@@ -11,30 +11,42 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
 from verl_speculator.adapters.settings import check_base_sizes
-from verl_speculator.checkpoint.layout import RUN_CONFIG_FILE, check_intact, find_resume_path
+from verl_speculator.checkpoint.layout import check_intact, find_resume_path
 from verl_speculator.data.chat_parquet import check_chat_file, check_file, resolve_files
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.trainer.base_model import BaseSizes, check_base_model
+from verl_speculator.trainer.megatron_layout import check_layout
+from verl_speculator.trainer.megatron_packages import check_packages
+from verl_speculator.trainer.parallelism import engine_name
+from verl_speculator.trainer.resuming import check_same_run
 from verl_speculator.trainer.values import check_values
 
 
-def check_run(config: DictConfig, world_size: int, *, read_weights: bool = True) -> None:
+def check_run(
+    config: DictConfig, world_size: int, *, read_weights: bool = True, workers_elsewhere: bool = False
+) -> None:
     """Raise a :class:`SpeculatorError` with one sentence for the first thing that cannot work.
 
     :param world_size: processes of the run; each trains on one device
     :param read_weights: also read the speculator to start from and the checkpoint to resume from, to find out whether
         they are whole
+    :param workers_elsewhere: this process drives workers on other machines, which have packages of their own
     """
     check_values(config, world_size)
+    on_megatron = engine_name(config) == "megatron"
+    if on_megatron and not workers_elsewhere:
+        check_packages(config.engine)
     adapter = build_speculator_adapter(_plain(config.model.speculator_adapter), _plain(config.model.speculator))
     _check_data(config)
     sizes = check_base_model(config.model)
+    if on_megatron and sizes is not None:
+        check_layout(config.engine, sizes)
     if config.model.speculator_path is not None and read_weights:
         _check_speculator(adapter, str(config.model.speculator_path), sizes, "model.speculator_path")
     resume_from = _check_output(config)
     if resume_from is not None and read_weights:
         check_intact(resume_from)
-        _check_same_shape(config, resume_from)
+        check_same_run(config, resume_from)
         _check_speculator(adapter, str(resume_from), sizes, "trainer.resume_mode")
 
 
@@ -79,24 +91,6 @@ def _check_speculator(adapter: SpeculatorAdapter, path: str, sizes: BaseSizes | 
         raise CheckpointError(f"{key}: {error}") from error
     if sizes is not None:
         check_base_sizes(speculator.config, sizes.hidden_size, sizes.vocab_size, path, key)
-
-
-def _check_same_shape(config: DictConfig, resume_from: Path) -> None:
-    """Raise if the run to go on with was given other settings of the speculator."""
-    file = resume_from / RUN_CONFIG_FILE
-    if not file.is_file() or config.model.speculator_path is not None:
-        return
-    before = OmegaConf.load(file)
-    if OmegaConf.select(before, "model.speculator_path") is not None:
-        return
-    for key, value in config.model.speculator.items():
-        was = OmegaConf.select(before, f"model.speculator.{key}")
-        # An adapter's setting may be new, and a width is the same as a number and as a string.
-        if was is not None and str(was) != str(value):
-            raise ConfigError(
-                f"model.speculator.{key}={value}, but {resume_from} was trained with {was}: give that to go on, "
-                "or start afresh with trainer.resume_mode=disable or another trainer.default_local_dir"
-            )
 
 
 def _check_output(config: DictConfig) -> Path | None:

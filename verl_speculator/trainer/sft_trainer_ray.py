@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,9 @@ from verl_speculator.platforms import cpu
 from verl_speculator.trainer.checkpoints import RunCheckpoints
 from verl_speculator.trainer.devices import apply_device
 from verl_speculator.trainer.entry import run_trainer
+from verl_speculator.trainer.launch import joins_cluster
 from verl_speculator.trainer.loop import SpeculatorTrainingLoop
+from verl_speculator.trainer.parallelism import data_parallel_size
 from verl_speculator.trainer.sft_trainer import base_loss
 from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 
@@ -51,7 +52,7 @@ class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
 
     def data_parallel_size(self) -> int:
         workers = self.config.trainer.n_gpus_per_node * self.config.trainer.nnodes
-        return workers // self.config.engine.get("ulysses_sequence_parallel_size", 1)
+        return data_parallel_size(self.config, workers)
 
     def is_logging(self) -> bool:
         return True
@@ -67,9 +68,9 @@ def train(config: DictConfig) -> None:
     """Train with workers on the Ray cluster this process belongs to, or on one started here."""
     started_here = not ray.is_initialized()
     if started_here:
-        # RAY_ADDRESS names a running cluster, which has resources of its own.
-        makes_cluster = cpu.is_active() and "RAY_ADDRESS" not in os.environ
-        ray.init(**(cpu.ray_init_args(config.trainer.n_gpus_per_node) if makes_cluster else {}))
+        # A running cluster has resources of its own.
+        counts_processes = cpu.is_active() and not joins_cluster()
+        ray.init(**(cpu.ray_init_args(config.trainer.n_gpus_per_node) if counts_processes else {}))
     try:
         apply_device(config)
         SpeculatorSFTRayTrainer(config=config).fit()

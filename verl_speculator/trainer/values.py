@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
 
 from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.errors import ConfigError
+from verl_speculator.trainer import fsdp_values, megatron_values
+from verl_speculator.trainer.parallelism import data_parallel_size, engine_name, model_parallel_sizes
+from verl_speculator.trainer.rules import (
+    Rule,
+    check_rules,
+    is_bool,
+    is_int,
+    is_int_from_0,
+    is_number,
+    is_number_from_0,
+    is_positive_int,
+    one_of,
+)
 
 
 def check_values(config: DictConfig, world_size: int) -> None:
@@ -15,70 +27,57 @@ def check_values(config: DictConfig, world_size: int) -> None:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"{missing[0]} must be given, as in {missing[0]}=...")
-    for right, is_right, keys in _RULES:
-        for key in keys:
-            value = OmegaConf.select(config, key)
-            if not is_right(value):
-                raise ConfigError(f"{key} must be {right}, got {value!r}")
+    check_rules(config, _RULES)
+    if engine_name(config) == "megatron":
+        megatron_values.check_megatron_values(config)
+    else:
+        fsdp_values.check_fsdp_values(config)
     _check_batches(config, world_size)
     _check_unsupported(config)
 
 
 def refuse_on_cpu(config: DictConfig) -> None:
     """Raise :class:`ConfigError` for a setting that needs an accelerator."""
-    if config.engine.strategy == "fsdp":
-        raise ConfigError("engine.strategy=fsdp cannot run on CPU: use engine.strategy=fsdp2")
-    if config.engine.ulysses_sequence_parallel_size > 1:
-        raise ConfigError("engine.ulysses_sequence_parallel_size must be 1 on CPU: it needs flash attention")
+    if engine_name(config) == "megatron":
+        megatron_values.refuse_on_cpu(config)
+    else:
+        fsdp_values.refuse_on_cpu(config)
     for key in ("param_offload", "optimizer_offload", "offload_policy"):
         if config.engine.get(key):
             raise ConfigError(f"engine.{key}=true has no meaning on CPU: everything is there already")
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_positive_int(value: Any) -> bool:
-    return _is_int(value) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-_RULES: Sequence[tuple[str, Callable[[Any], bool], Sequence[str]]] = (
-    (
+_RULES = (
+    Rule(
         "a positive integer",
-        _is_positive_int,
+        is_positive_int,
         (
             "data.train_batch_size",
             "data.micro_batch_size_per_gpu",
             "data.max_length",
             "data.max_token_len_per_gpu",
-            "engine.ulysses_sequence_parallel_size",
             "trainer.total_epochs",
             "trainer.nnodes",
             "trainer.n_gpus_per_node",
         ),
     ),
-    (
+    Rule(
         "null or a positive integer",
-        lambda value: value is None or _is_positive_int(value),
+        lambda value: value is None or is_positive_int(value),
         ("trainer.total_training_steps",),
     ),
-    ("0 or a positive integer", lambda value: _is_int(value) and value >= 0, ("data.num_workers", "model.lora_rank")),
-    ("a positive number", lambda value: _is_number(value) and value > 0, ("optim.lr", "optim.clip_grad")),
-    ("0 or a positive number", lambda value: _is_number(value) and value >= 0, ("model.speculator_loss_coeff",)),
-    ("an integer", _is_int, ("data.train_max_samples", "data.val_max_samples")),
-    (
+    Rule("0 or a positive integer", is_int_from_0, ("data.num_workers", "model.lora_rank")),
+    Rule("a positive number", lambda value: is_number(value) and value > 0, ("optim.lr", "optim.clip_grad")),
+    Rule("0 or a positive number", is_number_from_0, ("model.speculator_loss_coeff",)),
+    Rule("an integer", is_int, ("data.train_max_samples", "data.val_max_samples")),
+    Rule(
         "an integer or after_each_epoch",
-        lambda value: value == "after_each_epoch" or _is_int(value),
+        lambda value: value == "after_each_epoch" or is_int(value),
         ("trainer.save_freq", "trainer.test_freq"),
     ),
-    (
+    Rule(
         "true or false",
-        lambda value: isinstance(value, bool),
+        is_bool,
         (
             "model.freeze_base_model",
             "model.detach_hidden_states",
@@ -88,12 +87,9 @@ _RULES: Sequence[tuple[str, Callable[[Any], bool], Sequence[str]]] = (
             "trainer.val_only",
         ),
     ),
-    (
-        "a path",
-        lambda value: isinstance(value, str) and value != "",
-        ("model.path", "trainer.default_local_dir"),
-    ),
-    (
+    Rule("null, bf16 or fp32", one_of(None, "bf16", "fp32"), ("model.speculator_dtype",)),
+    Rule("a path", lambda value: isinstance(value, str) and value != "", ("model.path", "trainer.default_local_dir")),
+    Rule(
         "null or a path",
         lambda value: value is None or (isinstance(value, str) and value != ""),
         ("model.speculator_path", "trainer.resume_from_path"),
@@ -102,14 +98,8 @@ _RULES: Sequence[tuple[str, Callable[[Any], bool], Sequence[str]]] = (
 
 
 def _check_batches(config: DictConfig, world_size: int) -> None:
-    sequence_parallel = config.engine.ulysses_sequence_parallel_size
-    if world_size % sequence_parallel:
-        raise ConfigError(
-            f"engine.ulysses_sequence_parallel_size={sequence_parallel} must divide the {world_size} processes"
-        )
-    if sequence_parallel > 1 and not config.model.use_remove_padding:
-        raise ConfigError("engine.ulysses_sequence_parallel_size above 1 needs model.use_remove_padding=true")
-    ranks = world_size // sequence_parallel
+    _check_processes(config, world_size)
+    ranks = data_parallel_size(config, world_size)
     batch_size, micro_batch_size = config.data.train_batch_size, config.data.micro_batch_size_per_gpu
     if batch_size % ranks:
         raise ConfigError(f"data.train_batch_size={batch_size} must be divisible by the {ranks} data-parallel ranks")
@@ -125,16 +115,20 @@ def _check_batches(config: DictConfig, world_size: int) -> None:
         )
 
 
+def _check_processes(config: DictConfig, world_size: int) -> None:
+    sizes = model_parallel_sizes(config)
+    product = math.prod(sizes.values())
+    if world_size % product == 0:
+        return
+    # Those that are 1 have no part in it.
+    factors = [f"{key}={size}" for key, size in sizes.items() if size > 1]
+    result = f" = {product}" if len(factors) > 1 else ""
+    raise ConfigError(f"{' x '.join(factors)}{result} must divide the {world_size} processes")
+
+
 def _check_unsupported(config: DictConfig) -> None:
-    if config.engine.strategy not in ("fsdp", "fsdp2"):
-        raise ConfigError(f"engine.strategy must be fsdp2 or fsdp, got {config.engine.strategy!r}")
     if config.engine.forward_only is not False:
         raise ConfigError("engine.forward_only must be false: use trainer.val_only=true to evaluate only")
-    if config.model.speculator_dtype not in (None, "bf16", "fp32"):
-        raise ConfigError(f"model.speculator_dtype must be null, bf16 or fp32, got {config.model.speculator_dtype!r}")
-    precision = config.engine.get("mixed_precision") or {}
-    if precision.get("param_dtype") in ("fp16", "float16"):
-        raise ConfigError("engine.mixed_precision.param_dtype must be bf16 or fp32: float16 is not supported")
     if config.data.pad_mode != "no_padding":
         raise ConfigError(
             "data.pad_mode must be no_padding; for padded batches set model.use_remove_padding=false instead"

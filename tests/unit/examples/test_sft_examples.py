@@ -26,7 +26,8 @@ SFT = CHECKOUT / "examples" / "sft"
 TRAIN_SCRIPT = SFT / "speculator" / "run_speculator_training.sh"
 GSM8K_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator.sh"
 GSM8K_RAY_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator_ray.sh"
-SCRIPTS = [TRAIN_SCRIPT, GSM8K_SCRIPT, GSM8K_RAY_SCRIPT]
+GSM8K_MEGATRON_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator_megatron.sh"
+SCRIPTS = [TRAIN_SCRIPT, GSM8K_SCRIPT, GSM8K_RAY_SCRIPT, GSM8K_MEGATRON_SCRIPT]
 
 CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
 
@@ -298,12 +299,27 @@ def test_gsm8k_scripts_differ_in_the_launcher_only(recorder: Path, tmp_path: Pat
     assert plain[-1] == "optim.lr=1e-3"
 
 
-def test_gsm8k_script_on_several_machines(recorder: Path, tmp_path: Path) -> None:
+def test_gsm8k_on_megatron_differs_in_the_engine_only(recorder: Path, tmp_path: Path) -> None:
+    def settings(script: Path, **environment: str) -> list[str]:
+        lines = run_script(script, "4", "out", path=recorder, cwd=tmp_path, **environment).stdout.splitlines()
+        return [line for line in lines if "experiment_name" not in line]
+
+    def sizes(tensor: int, pipeline: int) -> list[str]:
+        keys = ("engine.tensor_model_parallel_size", "engine.pipeline_model_parallel_size")
+        return ["engine=megatron", "optim=megatron", f"{keys[0]}={tensor}", f"{keys[1]}={pipeline}"]
+
+    plain = settings(GSM8K_SCRIPT)
+    assert settings(GSM8K_MEGATRON_SCRIPT) == [*plain[:5], *sizes(1, 1), *plain[5:]]
+    assert settings(GSM8K_MEGATRON_SCRIPT, TP="2", PP="4") == [*plain[:5], *sizes(2, 4), *plain[5:]]
+
+
+@pytest.mark.parametrize("script", [GSM8K_SCRIPT, GSM8K_MEGATRON_SCRIPT], ids=lambda script: script.name)
+def test_gsm8k_script_on_several_machines(script: Path, recorder: Path, tmp_path: Path) -> None:
     machine = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host-0"}
-    lines = run_script(GSM8K_SCRIPT, "4", "out", path=recorder, cwd=tmp_path, **machine).stdout.splitlines()
+    lines = run_script(script, "4", "out", path=recorder, cwd=tmp_path, **machine).stdout.splitlines()
     addressed = ["--nnodes=2", "--node_rank=1", "--master_addr=host-0", "--master_port=29500", "--nproc_per_node=4"]
     assert lines[1:6] == addressed
-    result = run_script(GSM8K_SCRIPT, "4", "out", path=recorder, cwd=tmp_path, NNODES="2")
+    result = run_script(script, "4", "out", path=recorder, cwd=tmp_path, NNODES="2")
     assert result.returncode != 0
     assert "NODE_RANK" in result.stderr
 
@@ -320,12 +336,19 @@ def test_settings_in_scripts_exist(script: Path, recorder: Path, tmp_path: Path)
 # README
 
 
-def test_the_readme_gives_the_configuration_its_real_defaults() -> None:
+ON_MEGATRON = ["engine=megatron", "optim=megatron"]
+
+
+@pytest.mark.parametrize(
+    ("page", "groups", "at_least"), [(README, [], 30), (CHECKOUT / "docs" / "training.md", ON_MEGATRON, 10)]
+)
+def test_tables_give_the_configuration_its_real_defaults(page: Path, groups: list[str], at_least: int) -> None:
     from verl_speculator.trainer.configuration import load_config
 
-    rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `([^`]+)` \|", README.read_text(), re.MULTILINE)
-    assert len(rows) > 30
-    settings = OmegaConf.to_container(load_config([]))
+    (table,) = re.findall(r"^\| key \| default \| meaning \|\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `([^`]+)` \|", table, re.MULTILINE)
+    assert len(rows) >= at_least
+    settings = OmegaConf.to_container(load_config(groups))
     for key, said in rows:
         node = settings
         for part in key.split("."):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,3 +32,23 @@ def write_speculator() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture
+def installed(monkeypatch) -> Callable[..., None]:
+    """Pretend that of Megatron's packages those named are installed, and no others."""
+    find_spec = importlib.util.find_spec
+
+    def have(*modules: str) -> None:
+        def find(name: str, package: str | None = None):
+            top = name.partition(".")[0]
+            if top not in ("megatron", "mbridge", "transformer_engine"):
+                return find_spec(name, package)
+            if name != top and not any(module.startswith(top) for module in modules):
+                # As Python does for a part of a package that is not there.
+                raise ModuleNotFoundError(f"No module named {top!r}")
+            return find_spec("json") if name in modules else None
+
+        monkeypatch.setattr("importlib.util.find_spec", find)
+
+    return have

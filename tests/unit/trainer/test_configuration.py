@@ -62,6 +62,32 @@ def test_group_overrides_keep_our_defaults(groups) -> None:
     assert config.model.speculator.n_predict == 5
 
 
+def test_megatron_is_a_switch_of_two_groups(defaults) -> None:
+    config = load_config(["engine=megatron", "optim=megatron", "model.use_remove_padding=false"])
+    assert config.engine._target_ == "verl_speculator.engine.megatron_config.SpeculatorMcoreEngineConfig"
+    assert config.optim._target_ == "verl.workers.config.McoreOptimizerConfig"
+    assert (config.engine.strategy, config.engine.model_dtype, config.engine.vanilla_mbridge) == (
+        "megatron",
+        None,
+        None,
+    )
+    assert config.engine.use_remove_padding is False
+    assert config.optim.lr == 1e-4
+    for section in ("data", "trainer", "checkpoint"):
+        assert config[section] == defaults[section]
+    assert {**config.model, "use_remove_padding": True} == {**defaults.model}
+
+
+def test_megatrons_settings_make_its_typed_configuration() -> None:
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = load_config(["engine=megatron", "optim=megatron", "engine.tensor_model_parallel_size=2"])
+    config.engine.update(model_dtype="fp32", vanilla_mbridge=True)
+    engine = omega_conf_to_dataclass(config.engine)
+    assert (engine.tensor_model_parallel_size, engine.dtype, engine.use_remove_padding) == (2, "float32", True)
+    assert omega_conf_to_dataclass(config.optim).lr == 1e-4
+
+
 def test_strategy_given_with_a_group() -> None:
     assert load_config(["engine=fsdp", "engine.strategy=fsdp"]).engine.strategy == "fsdp"
     assert load_config(["engine.strategy=fsdp", "engine=fsdp"]).engine.strategy == "fsdp"

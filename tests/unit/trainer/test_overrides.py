@@ -7,26 +7,41 @@ from omegaconf import OmegaConf
 
 from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.overrides import check_overrides, known_keys, parse_overrides
+from verl_speculator.trainer.engine_keys import OtherEngine
+from verl_speculator.trainer.overrides import check_overrides, chosen_engine, known_keys, only_in, parse_overrides
+
+ON_MEGATRON = ["engine=megatron", "optim=megatron"]
 
 
 @pytest.fixture(scope="module")
-def known():
-    return known_keys(load_config([]))
+def keys():
+    return {"fsdp": known_keys(load_config([])), "megatron": known_keys(load_config(ON_MEGATRON))}
 
 
 @pytest.fixture
-def refused(known):
+def check(keys):
+    """Checks overrides of a run with FSDP, or with another engine."""
+
+    def run(*overrides: str, engine: str = "fsdp") -> None:
+        (other,) = set(keys) - {engine}
+        others = OtherEngine(other, lambda: only_in(other, keys[other], keys[engine]))
+        check_overrides(parse_overrides(overrides), keys[engine], others)
+
+    return run
+
+
+@pytest.fixture
+def refused(check):
     """The message with which an override is refused."""
 
-    def check(override: str) -> str:
+    def run(override: str, **engine: str) -> str:
         with pytest.raises(ConfigError) as caught:
-            check_overrides(parse_overrides([override]), known)
+            check(override, **engine)
         message = str(caught.value)
         assert "\n" not in message
         return message
 
-    return check
+    return run
 
 
 @pytest.mark.parametrize("plus", ["", "+", "++"])
@@ -61,11 +76,11 @@ def test_key_without_likeness_is_answered_with_what_there_is(refused) -> None:
     assert "_target_" not in refused("optim.xyz=1")
 
 
-def test_setting_of_the_speculator(refused, known) -> None:
+def test_setting_of_the_speculator(refused, check) -> None:
     assert "did you mean model.speculator.n_predict?" in refused("model.speculator.n_predcit=1")
     assert "did you mean model.speculator.n_predict?" in refused("model.speculator={n_predcit: 1}")
     # Another adapter may have it: that adapter says whether.
-    check_overrides(parse_overrides(["+model.speculator.n_predcit=1", "++model.speculator.depth=2"]), known)
+    check("+model.speculator.n_predcit=1", "++model.speculator.depth=2")
     assert "+model.speculator.depth=..." in refused("model.speculator.depth=2")
 
 
@@ -77,8 +92,8 @@ def test_setting_of_the_speculator(refused, known) -> None:
         "+model.override_config.attn_implementation=sdpa",
     ],
 )
-def test_what_verl_reads_without_listing_it_can_be_added(refused, known, override) -> None:
-    check_overrides(parse_overrides([override]), known)
+def test_what_verl_reads_without_listing_it_can_be_added(refused, check, override) -> None:
+    check(override)
     assert "add it with a plus sign, +" in refused(override[1:])
 
 
@@ -86,9 +101,110 @@ def test_added_key_that_exists(refused) -> None:
     assert refused("+optim.lr=1") == "optim.lr is there already: write optim.lr=... without the plus sign"
 
 
-@pytest.mark.parametrize("override", ["engine=foo", "engine=megatron", "+engine=fsdp", "engine@engine=fsdp"])
+@pytest.mark.parametrize("override", ["engine=foo", "engine=null", "+engine=fsdp", "engine@engine=fsdp"])
 def test_wrong_engine(refused, override) -> None:
-    assert "engine must be fsdp" in refused(override)
+    assert "engine must be fsdp or megatron, as in engine=fsdp" in refused(override)
+
+
+@pytest.mark.parametrize(
+    ("groups", "engine"),
+    [([], "fsdp"), (["engine=fsdp"], "fsdp"), (["optim=fsdp", "engine.seed=1"], "fsdp"), (ON_MEGATRON, "megatron")],
+)
+def test_the_engine_is_the_one_that_both_groups_name(groups, engine) -> None:
+    assert chosen_engine(parse_overrides(groups)) == engine
+
+
+@pytest.mark.parametrize(
+    ("groups", "pair"),
+    [
+        (["engine=megatron"], "engine=megatron does not go with optim=fsdp"),
+        (["engine=megatron", "optim=fsdp"], "engine=megatron does not go with optim=fsdp"),
+        (["optim=megatron"], "engine=fsdp does not go with optim=megatron"),
+    ],
+)
+def test_one_group_without_the_other(groups, pair) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(groups)
+    assert str(caught.value) == f"{pair}: give both engine=megatron and optim=megatron, or neither"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("engine.tensor_parallel_size", "engine.tensor_model_parallel_size"),
+        ("engine.pipeline_paralel_size", "engine.pipeline_model_parallel_size"),
+        ("engine.tp", "engine.tensor_model_parallel_size"),
+        ("engine.pp", "engine.pipeline_model_parallel_size"),
+        ("tp", "engine.tensor_model_parallel_size"),
+        ("engine.modeldtype", "engine.model_dtype"),
+        (
+            "engine.override_transformer_config.recompute_granularty",
+            "engine.override_transformer_config.recompute_granularity",
+        ),
+        ("engine.overide_ddp_config.overlap_grad_reduce", "engine.override_ddp_config"),
+        ("optim.lr_decay_stile", "optim.lr_decay_style"),
+        ("optim.minlr", "optim.min_lr"),
+    ],
+)
+def test_unknown_key_of_megatron_is_answered_with_the_nearest(refused, wrong, right) -> None:
+    message = refused(f"{wrong}=1", engine="megatron")
+    assert message == f"{wrong} is not a configuration key; did you mean {right}?"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "engine.override_transformer_config.num_layers_in_first_pipeline_stage",
+        "engine.override_ddp_config.overlap_grad_reduce",
+        "engine.override_mcore_model_config.some",
+        "optim.override_optimizer_config.adam_eps",
+    ],
+)
+def test_what_megatron_reads_without_listing_it_can_be_added(check, refused, key) -> None:
+    check(f"+{key}=1", engine="megatron")
+    assert (
+        refused(f"{key}=1", engine="megatron")
+        == f"{key} is not among the defaults: add it with a plus sign, +{key}=..."
+    )
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("engine.ulysses_sequence_parallel_size", "with engine=megatron set engine.context_parallel_size"),
+        ("engine.mixed_precision", "with engine=megatron set engine.model_dtype"),
+        ("engine.fsdp_size", "leave it out with engine=megatron"),
+        ("engine.wrap_policy", "leave it out with engine=megatron"),
+        ("optim.lr_scheduler_type", "with engine=megatron set optim.lr_decay_style"),
+        ("optim.min_lr_ratio", "with engine=megatron set optim.min_lr"),
+    ],
+)
+def test_settings_of_fsdp_given_with_megatron(refused, plus, key, instead) -> None:
+    message = refused(f"{plus}{key}=1", engine="megatron")
+    assert message == f"{key} is a setting of engine=fsdp: {instead}"
+    assert refused(f"{plus}{key}.part=1", engine="megatron") == message
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [
+        ("engine.tensor_model_parallel_size", "give engine=megatron optim=megatron to train on Megatron"),
+        ("engine.override_transformer_config", "give engine=megatron optim=megatron to train on Megatron"),
+        ("engine.context_parallel_size", "with engine=fsdp set engine.ulysses_sequence_parallel_size"),
+        ("optim.lr_decay_style", "with engine=fsdp set optim.lr_scheduler_type"),
+    ],
+)
+def test_settings_of_megatron_given_with_fsdp(refused, key, instead) -> None:
+    assert refused(f"{key}=1").startswith(f"{key} is a setting of engine=megatron: {instead}")
+    mistyped = key.replace("_", "", 1)
+    assert refused(f"{mistyped}=1").endswith(f"did you mean {key}, of engine=megatron?")
+
+
+def test_the_other_engines_settings_inside_a_dictionary(refused) -> None:
+    assert refused("engine={fsdp_size: 2}", engine="megatron").startswith(
+        "engine.fsdp_size is a setting of engine=fsdp"
+    )
 
 
 @pytest.mark.parametrize(("group", "choice"), [("optim", "fsdp"), ("model", "hf_model"), ("profiler", "profiler")])
@@ -141,4 +257,4 @@ def test_dictionary_values_are_looked_into(refused) -> None:
 
 def test_interpolations_are_no_sections() -> None:
     config = OmegaConf.create({"a": {"b": 1}, "c": "${a}"})
-    check_overrides(parse_overrides(["c=1", "a.b=2"]), known_keys(config))
+    check_overrides(parse_overrides(["c=1", "a.b=2"]), known_keys(config), OtherEngine("megatron", list))
