@@ -1,5 +1,7 @@
 """Run under torchrun: one engine per case on the same batch; writes each case's loss, metrics and gradients.
 
+A case with ``steps`` then trains, a step on each batch of that file, and writes every step's loss and metrics too.
+
 usage: torchrun --nproc_per_node=N engine_cases.py CASES.json OUTPUT_FOLDER
 """
 
@@ -19,6 +21,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.workers.config import TrainingWorkerConfig
 
+from tests.integration.megatron_layout import forget_megatron_layout
 from verl_speculator.engine.hidden_states import gather_sequence, share_of_targets
 from verl_speculator.engine.metric_sums import SUMS_KEY
 from verl_speculator.engine.model_config import MODEL_TYPE
@@ -48,10 +51,10 @@ def build_worker(overrides: list[str]) -> tuple[SpeculatorTrainingWorker, object
     return worker, config
 
 
-def rank_batch(batch_file: str, config, engine) -> object:
-    """This rank's share of the saved sequences, as the trainer's data loader would give it."""
+def rank_batch(rows: list, config, engine) -> object:
+    """This rank's share of the sequences, as the trainer's data loader would give it."""
     num_ranks = engine.get_data_parallel_size()
-    rows = torch.load(batch_file, weights_only=True)[engine.get_data_parallel_rank() :: num_ranks]
+    rows = rows[engine.get_data_parallel_rank() :: num_ranks]
     items = [{"input_ids": ids, "loss_mask": mask, "position_ids": torch.arange(ids.numel())} for ids, mask in rows]
     settings = {
         "use_remove_padding": config.model.use_remove_padding,
@@ -106,7 +109,8 @@ def speculator_optimizer(engine) -> torch.optim.Optimizer:
 def run_case(case: dict, output: Path) -> None:
     worker, config = build_worker(case["overrides"])
     engine = worker.engine
-    batch = rank_batch(case["batch"], config, engine)
+    rows = torch.load(case["batch"], weights_only=True)
+    batch = rank_batch(rows, config, engine)
     with engine.train_mode():
         engine.optimizer_zero_grad()
         out = engine.forward_backward_batch(batch, base_loss)
@@ -123,12 +127,22 @@ def run_case(case: dict, output: Path) -> None:
             "base_modules": [name for module in modules(engine) for name, _ in module.named_modules()],
         }
     with engine.eval_mode(), torch.no_grad():
-        batch = rank_batch(case["batch"], config, engine)
+        batch = rank_batch(rows, config, engine)
         out = engine.forward_backward_batch(batch, base_loss, forward_only=True)
         state["eval_loss"], state["eval_sums"] = out["loss"][0], out["metrics"][SUMS_KEY]
+    if "steps" in case:
+        state["steps"] = [train_step(engine, config, rows) for rows in torch.load(case["steps"], weights_only=True)]
     if dist.get_rank() == 0:
         save_file(grads, output / f"{case['name']}.safetensors")
         (output / f"{case['name']}.json").write_text(json.dumps(state))
+    forget_megatron_layout()
+
+
+def train_step(engine, config, rows: list) -> dict[str, float]:
+    with engine.train_mode():
+        out = engine.train_batch(rank_batch(rows, config, engine), base_loss)
+        engine.lr_scheduler_step()
+    return out["metrics"][SUMS_KEY]
 
 
 def check_sequence_parallel_layout(output: Path) -> None:

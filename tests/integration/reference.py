@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from pathlib import Path
 
@@ -58,6 +59,37 @@ class PlainTraining:
             cu_seqlens=torch.tensor([0, *itertools.accumulate(ids.numel() for ids, _ in rows)]),
             lm_head_weight=self.base.get_output_embeddings().weight,
         )
+
+    def train_speculator(self, batches: list[Rows], *, lr: float, weight_decay: float, clip: float) -> list[dict]:
+        """AdamW with clipped gradients, a step on each batch; the loss and each head's sums before every step."""
+        optimizer = torch.optim.AdamW(self.speculator.parameters(), lr=lr, weight_decay=weight_decay)
+        steps = []
+        for rows in batches:
+            optimizer.zero_grad()
+            loss = self.speculator_loss(rows, detach=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.speculator.parameters(), clip)
+            steps.append({"speculator_loss": loss.item(), **self.head_sums(rows)})
+            optimizer.step()
+        return steps
+
+    @torch.no_grad()
+    def head_sums(self, rows: Rows) -> dict[str, float]:
+        """Loss, right drafts and positions of each head, added up over the rows."""
+        n_predict = self.speculator.n_predict
+        sums: dict[str, float] = collections.Counter()
+        for ids, mask in rows:
+            hidden = self.base(ids.unsqueeze(0), output_hidden_states=True).hidden_states[-1]
+            padded = F.pad(ids, (0, n_predict + 1))
+            logits = self.speculator(hidden, padded[1:].unsqueeze(0)[:, : ids.numel() + n_predict])
+            for head in range(n_predict):
+                for target in range(2 + head, ids.numel()):
+                    trained = int(mask[target] == 1)
+                    row = logits[head, 0, target - 2 - head]
+                    sums[f"head_{head}/loss_sum"] += trained * F.cross_entropy(row, ids[target]).item()
+                    sums[f"head_{head}/correct_sum"] += trained * float(row.argmax() == ids[target])
+                    sums[f"head_{head}/count"] += trained
+        return dict(sums)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         named = [(f"speculator.{name}", p) for name, p in self.speculator.named_parameters()]

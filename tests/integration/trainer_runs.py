@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from tests.integration.megatron_layout import forget_megatron_layout
 from verl_speculator.platforms import cpu
 from verl_speculator.trainer.configuration import load_config
 from verl_speculator.trainer.devices import apply_device
@@ -24,4 +25,5 @@ if __name__ == "__main__":
         check_run(config, dist.get_world_size())
         apply_device(config)
         SpeculatorSFTTrainer(config).fit()
+        forget_megatron_layout()
     dist.destroy_process_group()

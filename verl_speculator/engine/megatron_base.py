@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state as mpu
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from verl.trainer.config import CheckpointConfig
-from verl.utils.checkpoint.megatron_checkpoint_manager import MegatronCheckpointManager
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from verl_speculator.checkpoint.layout import BASE_FOLDER, RESUME_FOLDER
-
-_STATE_FOLDER = f"{RESUME_FOLDER}/base"
+from verl_speculator.errors import CheckpointError
 
 
 class BaseStep:
@@ -38,36 +37,57 @@ class BaseStep:
         self._optimizer.step_with_ready_grads()
 
 
-def checkpoint_manager(engine: Any) -> MegatronCheckpointManager:
-    """verl's manager, for the optimizer's state only: the weights are written as a Hugging Face folder instead."""
-    manager = engine.checkpoint_mananager
-    contents = CheckpointConfig(save_contents=["optimizer", "extra"], load_contents=["optimizer", "extra"])
-    manager.checkpoint_config = contents
-    manager.checkpoint_save_contents = contents.save_contents
-    manager.checkpoint_load_contents = contents.load_contents
-    return manager
-
-
 def save_base(folder: Path, engine: Any) -> None:
-    """Write ``huggingface/`` and the optimizer's state; every rank must call this."""
+    """Write ``huggingface/`` and what training on needs beside it; every rank must call this.
+
+    The optimizer's state is Megatron's own, one file for each place in a model-parallel group. It can be loaded on
+    another number of data-parallel ranks, and not with another tensor or pipeline parallelism.
+    """
     _save_weights(folder / BASE_FOLDER, engine)
-    checkpoint_manager(engine).save_checkpoint(local_path=str(folder / _STATE_FOLDER))
+    place = _own_place(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    if engine.engine_config.use_distributed_optimizer:
+        engine.optimizer.save_parameter_state(f"{place}_moments.pt")
+    if mpu.get_data_parallel_rank(with_context_parallel=True) == 0:
+        state = {
+            "optimizer": engine.optimizer.state_dict(),
+            "scheduler": engine.lr_scheduler.state_dict(),
+            "random": get_cuda_rng_tracker().get_states(),
+        }
+        torch.save(state, f"{place}.pt")
 
 
+@torch.no_grad()
 def load_base(folder: Path, engine: Any) -> None:
-    weights = str(folder / BASE_FOLDER)
-    if engine.vanilla_bridge:
-        engine.bridge.load_weights(engine.module, weights)
-    else:
-        engine.bridge.load_hf_weights(engine.module, weights)
-    checkpoint_manager(engine).load_checkpoint(local_path=str(folder / _STATE_FOLDER))
+    """Undo :func:`save_base`.
+
+    :raises CheckpointError: the checkpoint has no state of a base for this place
+    """
+    place = _own_place(folder)
+    if not Path(f"{place}.pt").is_file():
+        raise CheckpointError(
+            f"{folder} has no base model's training state for this layout: it was written with a frozen base, or with "
+            "another tensor or pipeline parallelism"
+        )
+    load_weights = engine.bridge.load_weights if engine.vanilla_bridge else engine.bridge.load_hf_weights
+    load_weights(engine.module, str(folder / BASE_FOLDER))
+    state = torch.load(f"{place}.pt", weights_only=True)
+    engine.optimizer.load_state_dict(state["optimizer"])
+    if engine.engine_config.use_distributed_optimizer:
+        engine.optimizer.load_parameter_state(f"{place}_moments.pt")
+    engine.lr_scheduler.load_state_dict(state["scheduler"])
+    get_cuda_rng_tracker().set_states(state["random"])
+
+
+def _own_place(folder: Path) -> Path:
+    tensor, pipeline = mpu.get_tensor_model_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
+    return folder / RESUME_FOLDER / "base" / f"tensor_{tensor}_pipeline_{pipeline}"
 
 
 def _save_weights(folder: Path, engine: Any) -> None:
-    if engine.vanilla_bridge:
-        engine.bridge.save_weights(engine.module, str(folder))
-    else:
-        engine.bridge.save_hf_weights(engine.module, str(folder))
+    save_weights = engine.bridge.save_weights if engine.vanilla_bridge else engine.bridge.save_hf_weights
+    save_weights(engine.module, str(folder))
     processor = engine.model_config.get_processor()
     if torch.distributed.get_rank() == 0 and processor is not None:
         processor.save_pretrained(folder)

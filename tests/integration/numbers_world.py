@@ -1,0 +1,150 @@
+"""Tiny models, ragged data and cases for checking an engine's numbers against the plain float64 computation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.reference import PlainTraining
+from tests.support.tiny import VOCAB_SIZE, write_base_model
+from verl_speculator.losses import acceptance_sums
+from verl_speculator.models import (
+    ArcticLSTMSpeculator,
+    ArcticLSTMSpeculatorConfig,
+    MLPSpeculator,
+    MLPSpeculatorConfig,
+    Speculator,
+)
+
+PACKED = ["data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=64"]
+ONE_ROW = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"]
+TWO_ROWS = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=2"]
+PADDED = ["model.use_remove_padding=false"]
+MLP = "model.speculator_adapter=verl_speculator.adapters.MLPSpeculatorAdapter"
+JOINT = ["model.freeze_base_model=false", "model.speculator_loss_coeff=0.7"]
+SPECULATOR_LOSS_COEFF = 0.7
+CASES_SCRIPT = Path(__file__).with_name("engine_cases.py")
+
+
+@dataclass
+class Case:
+    """An engine on one batch; with ``steps`` it then trains on the batches of ``steps.pt``."""
+
+    name: str
+    base: str
+    speculator: str
+    overrides: list[str]
+    steps: bool = field(default=False)
+
+    @property
+    def is_joint(self) -> bool:
+        return "model.freeze_base_model=false" in self.overrides
+
+    @property
+    def detaches(self) -> bool:
+        return not self.is_joint or "model.detach_hidden_states=true" in self.overrides
+
+
+def make_rows(seed: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ragged sequences; under two ranks the second gets one that trains nothing and ones too short for every head."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [23, 3, 17, 1, 9, 6, 30, 12]
+    rows = []
+    for index, length in enumerate(lengths):
+        ids = torch.randint(3, VOCAB_SIZE, (length,), generator=generator)
+        mask = (torch.rand(length, generator=generator) < 0.6).long()
+        # Chat data never trains a sequence's first token, and verl's base loss counts on that.
+        mask[: length // 3 + 1] = 0
+        rows.append((ids, torch.zeros_like(mask) if index == 5 else mask))
+    return rows
+
+
+def make_speculators(folder: Path) -> dict[str, Path]:
+    arctic = {"input_hidden_dim": 32, "vocab_size": VOCAB_SIZE, "n_predict": 3}
+    widths = {"inner_dim": "24", "emb_dim": "24", "proj_dim": "24"}
+    speculators: dict[str, Speculator] = {
+        "lstm": ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**arctic, **widths, method="sum_lstm")),
+        "rnn": ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**arctic, **widths, scale_input=True)),
+        "mlp_untied": MLPSpeculator(MLPSpeculatorConfig(**arctic, inner_dim=24, tie_weights=False)),
+    }
+    for seed, (name, speculator) in enumerate(speculators.items()):
+        speculator.reset_parameters(torch.Generator().manual_seed(seed))
+        speculator.save_pretrained(folder / name)
+    return {name: folder / name for name in speculators}
+
+
+def write_world(folder: Path) -> dict[str, Path]:
+    torch.save(make_rows(), folder / "rows.pt")
+    write_base_model(folder / "qwen2", family="qwen2", tie=True)
+    write_base_model(folder / "qwen3", family="qwen3", tie=True, seed=1)
+    write_base_model(folder / "llama_untied", family="llama", tie=False, seed=2)
+    make_speculators(folder)
+    return {path.name: path for path in folder.iterdir()}
+
+
+def write_cases(file: Path, cases: list[Case], world: dict[str, Path]) -> Path:
+    """What ``engine_cases.py`` reads."""
+    written = []
+    for case in cases:
+        models = [f"model.path={world[case.base]}", f"model.speculator_path={world[case.speculator]}"]
+        steps = {"steps": str(world["steps.pt"])} if case.steps else {}
+        batch = str(world["rows.pt"])
+        written.append({"name": case.name, "batch": batch, "overrides": [*models, *case.overrides], **steps})
+    file.write_text(json.dumps(written))
+    return file
+
+
+def read_state(results: Path, case: Case) -> dict:
+    return json.loads((results / f"{case.name}.json").read_text())
+
+
+def check_loss_and_gradients(case: Case, world: dict[str, Path], results: Path) -> None:
+    state = read_state(results, case)
+    plain = PlainTraining(world[case.base], world[case.speculator])
+    rows = make_rows()
+    speculator_loss = plain.speculator_loss(rows, detach=case.detaches)
+    loss = speculator_loss
+    if case.is_joint:
+        loss = plain.base_loss(rows) + SPECULATOR_LOSS_COEFF * speculator_loss
+    loss.backward()
+
+    assert state["loss"] == pytest.approx(loss.item(), rel=2e-6)
+    assert state["eval_loss"] == pytest.approx(loss.item(), rel=2e-6)
+    assert state["sums"]["speculator_loss"] == pytest.approx(speculator_loss.item(), rel=2e-6)
+    actual = load_file(results / f"{case.name}.safetensors")
+    expected = plain.gradients()
+    if not case.is_joint:
+        expected = {name: grad for name, grad in expected.items() if name.startswith("speculator.")}
+    assert set(expected) <= set(actual)
+    for name, grad in actual.items():
+        wanted = expected.get(name, torch.zeros_like(grad, dtype=torch.float64))
+        scale = max(wanted.abs().max().item(), 1e-3)
+        torch.testing.assert_close(grad.double(), wanted, rtol=0, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_acceptance(case: Case, world: dict[str, Path], results: Path) -> None:
+    """The sums themselves are checked against decoding in the unit tests; here, what the engine hands to them."""
+    sums = read_state(results, case)["eval_sums"]
+    plain = PlainTraining(world[case.base], world[case.speculator])
+    expected = acceptance_sums(plain.speculator, plain.packed(make_rows()))
+    assert "closed_loop_sampled/rounds" in expected
+    for name, value in expected.items():
+        assert sums[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+
+
+def check_bfloat16(case: Case, world: dict[str, Path], results: Path) -> None:
+    state = read_state(results, case)
+    plain = PlainTraining(world[case.base], world[case.speculator])
+    loss = plain.speculator_loss(make_rows(), detach=True)
+    loss.backward()
+    assert state["loss"] == pytest.approx(loss.item(), rel=1e-2)
+    actual = load_file(results / f"{case.name}.safetensors")
+    for name, wanted in plain.gradients().items():
+        cosine = torch.nn.functional.cosine_similarity(actual[name].double().flatten(), wanted.flatten(), dim=0)
+        assert actual[name].dtype == torch.float32, "gradients are reduced in float32"
+        assert cosine > 0.98 or wanted.abs().max() < 1e-6, name
