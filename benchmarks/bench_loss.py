@@ -35,7 +35,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import MIB, describe_machine, matmul_peak, peak_extra_bytes, print_table, seconds, versions
+from common import (
+    MIB,
+    add_peak_size,
+    describe_machine,
+    matmul_peak,
+    peak_extra_bytes,
+    print_table,
+    seconds,
+    versions,
+)
 from stacked import chain_outputs, stacked_loss
 from torch import Tensor
 
@@ -165,7 +174,7 @@ def measure(case: Case, variants: dict[str, Callable[[Workload], Tensor]], args:
     times: dict[str, list[float]] = {name: [] for name in variants}
     flops = []
     for _ in range(args.rounds):
-        flops.append(matmul_peak(case.dtype, case.device))
+        flops.append(matmul_peak(case.dtype, case.device, args.peak_size))
         for name, variant in variants.items():
             times[name].append(seconds(partial(step, variant, work), case.device))
     products = 3 * 2 * int(work.trained.sum()) * case.width * case.vocab
@@ -224,6 +233,7 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    add_peak_size(parser)
     parser.add_argument("--untied", action="store_true", help="a vocabulary matrix of its own for every head")
     parser.add_argument("--chunk-size", type=int, help="rows of logits at a time in `ours`; chosen when left out")
     parser.add_argument("--variants", nargs="+", help="only these")

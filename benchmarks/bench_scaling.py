@@ -67,6 +67,8 @@ def rows_of_ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
             report = Path(folder, "step.json")
             command = [sys.executable, str(Path(__file__).with_name("bench_step.py")), f"--json={report}"]
             command += [f"--nproc={ranks}", "--variants", "ours", f"--rounds={args.rounds}"]
+            if args.peak_size:
+                command.append(f"--peak-size={args.peak_size}")
             for name in ("tokens", "sequence_length", "vocab", "hidden", "heads", "width"):
                 command.append(f"--{name.replace('_', '-')}={getattr(args, name)}")
             command.append(f"--mask-fraction={args.mask_fractions[0]}")

@@ -48,7 +48,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import MIB, describe_machine, load_average, matmul_peak, peak_extra_bytes, print_table, seconds, versions
+from common import (
+    MIB,
+    add_peak_size,
+    describe_machine,
+    load_average,
+    matmul_peak,
+    peak_extra_bytes,
+    print_table,
+    seconds,
+    versions,
+)
 from random_base import BaseShape
 from spans import SpanRecorder
 
@@ -266,7 +276,7 @@ def machine_peak(device: torch.device, args: argparse.Namespace) -> float:
     """Of all ranks together, each at the same time as the others."""
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, args.peak_dtype)
     dist.barrier()
-    peak = torch.tensor(matmul_peak(dtype, device), dtype=torch.float64, device=device)
+    peak = torch.tensor(matmul_peak(dtype, device, args.peak_size), dtype=torch.float64, device=device)
     dist.all_reduce(peak)
     return peak.item()
 
@@ -366,6 +376,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--speculator", choices=["mlp", "rnn", "lstm"], default="mlp")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--variants", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
+    add_peak_size(parser)
     parser.add_argument("--peak-dtype", default="bfloat16", help="of the matmul peak on an accelerator")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further settings of the engine")
     return parser.parse_intermixed_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import time
@@ -54,11 +55,15 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
     """Floating-point operations per second of `torch.matmul` on large square matrices: the best of five."""
-    size = 8192 if device.type == "cuda" else 2048
+    size = size or (8192 if device.type == "cuda" else 2048)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(seconds(lambda: left @ right, device) for _ in range(5))
+
+
+def add_peak_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--peak-size", type=int, help="rows of the matmul peak's matrices; large ones when left out")
 
 
 def peak_extra_bytes(run: Callable[[], object], device: torch.device) -> int:

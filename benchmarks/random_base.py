@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 _WORDS = [f"w{index}" for index in range(200)]
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -46,6 +45,9 @@ class BaseShape:
 
     def write(self, folder: Path, *, max_length: int) -> Path:
         """Write a Hugging Face folder with weights of seed 0 and a tokenizer of bytes (needs a vocabulary of 300)."""
+        # Here, because a script that becomes torchrun would load it for nothing.
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         config = AutoConfig.for_model(
             "qwen2",
             vocab_size=self.vocab,
@@ -59,7 +61,7 @@ class BaseShape:
         )
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        _byte_tokenizer().save_pretrained(folder)
+        _write_byte_tokenizer(folder)
         return folder
 
 
@@ -76,7 +78,9 @@ def write_chats(file: Path, rows: int, answer_words: int) -> Path:
     return file
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def _write_byte_tokenizer(folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
     # Byte-level like Qwen2's own: transformers loads a Qwen2 folder with that tokenizer's class.
     tokens = [*_SPECIAL, *pre_tokenizers.ByteLevel.alphabet()]
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
@@ -84,4 +88,4 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=_SPECIAL[0], eos_token=_SPECIAL[2])
     fast.add_special_tokens({"additional_special_tokens": [_SPECIAL[1]]})
     fast.chat_template = _CHAT_TEMPLATE
-    return fast
+    fast.save_pretrained(folder)

@@ -6,11 +6,11 @@ import pytest
 
 LOSS_SIZES = [
     *("--tokens", "64", "--sequence-length", "32", "--vocab", "200", "--hidden", "16", "--width", "24"),
-    *("--heads", "2", "--rounds", "2"),
+    *("--heads", "2", "--rounds", "2", "--peak-size", "128"),
 ]
 STEP_SIZES = [
     *("--tokens", "64", "--sequence-length", "16", "--vocab", "400", "--hidden", "64", "--layers", "1"),
-    *("--intermediate", "64", "--width", "24", "--heads", "2", "--rounds", "2"),
+    *("--intermediate", "64", "--width", "24", "--heads", "2", "--rounds", "2", "--peak-size", "128"),
 ]
 
 
@@ -33,6 +33,30 @@ def test_loss(run_benchmark) -> None:
         assert row["ratio_min"] <= row["ratio_to_stacked"] <= row["ratio_max"]
         if row["variant"] == "stacked":
             assert row["ratio_to_stacked"] == 1
+
+
+@pytest.mark.slow
+def test_tensor_parallel(run_benchmark) -> None:
+    """The script itself compares its variants with torch's cross entropy, and stops where they differ."""
+    sizes = ["--tokens", "60", "--mask-fraction", "0.5", "--vocab", "200", "--width", "24", "--heads", "2"]
+    report = run_benchmark("bench_tensor_parallel.py", *sizes, "--rounds", "2", "--peak-size", "128")
+    assert max(report["float64_difference"].values()) < 1e-10
+    rows = {row["variant"]: row for row in report["rows"] if row["micro_batches"] == 1}
+    assert {name: row["ranks"] for name, row in rows.items()} == {"rows": 2, "vocabulary": 2, "whole": 1}
+    check_times(report["rows"])
+    for row in rows.values():
+        assert row["trained_rows"] == 60
+        assert row["loss"] == pytest.approx(rows["whole"]["loss"], rel=1e-5)
+        assert row["ratio_min_to_rows"] <= row["ratio_to_rows"] <= row["ratio_max_to_rows"]
+    assert rows["rows"]["ratio_to_rows"] == rows["whole"]["ratio_to_whole"] == 1
+    # Half of the weight is received and half of its gradient sent; the states' gradient goes both ways.
+    assert rows["rows"]["sent_mb"] * 2**20 == 2 * 4 * 200 * 24 / 2
+    assert rows["vocabulary"]["sent_mb"] * 2**20 == 2 * 4 * 60 * 24 / 2 + 3 * 4 * 60
+    assert rows["whole"]["sent_mb"] == 0
+    of_four = {row["variant"]: row for row in report["rows"] if row["micro_batches"] == 4}
+    for name, times in (("rows", 1), ("vocabulary", 4)):
+        assert of_four[name]["sent_mb"] == times * rows[name]["sent_mb"]
+        assert of_four[name]["loss"] == pytest.approx(4 * rows[name]["loss"], rel=1e-5)
 
 
 @pytest.mark.slow
