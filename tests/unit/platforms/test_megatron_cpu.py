@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any
 
 import pytest
@@ -63,6 +64,23 @@ def test_everything_is_back_when_the_context_ends(platform) -> None:
         with pytest.raises((AssertionError, RuntimeError)):
             call()
     assert torch.ones(1).type() == "torch.FloatTensor"
+
+
+def test_a_model_leaves_no_choice_of_attention_behind(platform, monkeypatch) -> None:
+    """Megatron refuses a choice that differs from what the variables say, in the processes started from here too."""
+    from megatron.core.models.common.language_module import language_module
+
+    from verl_speculator.platforms.megatron_cpu import environment
+
+    monkeypatch.setenv("NVTE_FUSED_ATTN", "1")
+    monkeypatch.delenv("NVTE_FLASH_ATTN", raising=False)
+    with platform.emulated_device():
+        assert not {name for name in os.environ if name.startswith("NVTE_")}
+        source = inspect.getsource(language_module)
+        assert all(name in source for name in environment.ATTENTION_VARIABLES), MOVED
+        os.environ["NVTE_FLASH_ATTN"] = "0"
+    assert os.environ["NVTE_FUSED_ATTN"] == "1"
+    assert "NVTE_FLASH_ATTN" not in os.environ
 
 
 def test_installs_once(platform) -> None:

@@ -31,13 +31,15 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    megatron_cpu.install()
-    with megatron_cpu.emulated_device():
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(3, force_reset_rng=True)
-    yield megatron_cpu
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    try:
+        megatron_cpu.install()
+        with megatron_cpu.emulated_device():
+            parallel_state.initialize_model_parallel()
+            tensor_parallel.model_parallel_cuda_manual_seed(3, force_reset_rng=True)
+        yield megatron_cpu
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

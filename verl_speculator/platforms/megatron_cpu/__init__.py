@@ -18,6 +18,7 @@ import torch
 from verl_speculator.errors import ConfigError
 from verl_speculator.platforms import cpu
 from verl_speculator.platforms.megatron_cpu.cuda_calls import cuda_patches
+from verl_speculator.platforms.megatron_cpu.environment import no_attention_choice
 from verl_speculator.platforms.megatron_cpu.patches import Patch, patched
 from verl_speculator.platforms.megatron_cpu.tensor_calls import cuda_tensors_on_cpu
 
@@ -54,6 +55,7 @@ def emulated_device() -> Iterator[None]:
     if not _patches:
         raise RuntimeError("call megatron_cpu.install() first")
     with ExitStack() as stack:
+        stack.enter_context(no_attention_choice())
         stack.enter_context(patched(_patches))
         stack.enter_context(cuda_tensors_on_cpu())
         # Megatron and verl compile small functions: on a CPU that takes minutes and a C++ compiler.
