@@ -1,4 +1,4 @@
-"""Whole trainings under torchrun: what they log, write, resume and start from."""
+"""Whole trainings under torchrun and Ray: what they log, write, resume and start from."""
 
 from __future__ import annotations
 
@@ -75,22 +75,36 @@ def runs(tmp_path_factory, torchrun) -> Runs:
     return Runs(tmp_path_factory.mktemp("training"), torchrun)
 
 
+LSTM = ["model.speculator.method=sum_lstm", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=2"]
+
+
 @pytest.fixture(scope="module")
-def launched(runs) -> dict[str, dict[int, dict[str, float]]]:
+def killed(runs) -> list[str]:
+    """The command of a run whose processes were killed in the middle of their second save."""
+    overrides = runs.overrides("killed", *LSTM)
+    with pytest.raises(AssertionError, match="SIGKILL"):
+        runs.torchrun(2, str(Path(__file__).with_name("killed_run.py")), *overrides)
+    assert layout.complete_steps(runs.folder / "killed") == [2]
+    shutil.copytree(runs.folder / "killed", runs.folder / "killed_one_process")
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def launched(runs, killed) -> dict[str, dict[int, dict[str, float]]]:
     """Runs that need nothing of each other's processes, in one launch of two."""
-    lstm = ["model.speculator.method=sum_lstm", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=2"]
     joint = ["model.freeze_base_model=false", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=3"]
     stop = "trainer.total_training_steps=3"
     custom = f"model.speculator_adapter={{path: {CUSTOM_ADAPTER}, name: GatedSpeculatorAdapter}}"
     trained = f"model.speculator_path={runs.folder / 'whole' / f'global_step_{STEPS}'}"
     table = {
-        "whole": runs.overrides("whole", *lstm, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2", LOGGERS),
+        "whole": runs.overrides("whole", *LSTM, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2", LOGGERS),
         "evaluated": runs.overrides("evaluated", trained, "trainer.val_only=true"),
-        "stopped": runs.overrides("stopped", *lstm, stop),
-        "resumed": runs.overrides("stopped", *lstm),
+        "stopped": runs.overrides("stopped", *LSTM, stop),
+        "resumed": runs.overrides("stopped", *LSTM),
         "joint": runs.overrides("joint", *joint),
         "joint_stopped": runs.overrides("joint_stopped", *joint, stop),
         "joint_resumed": runs.overrides("joint_stopped", *joint),
+        "killed": killed,
         "custom": runs.overrides("custom", custom, "trainer.total_training_steps=2"),
         "mlp": runs.overrides(
             "mlp",
@@ -202,23 +216,32 @@ def test_the_mlp_speculator_trains_on_padded_batches(runs, launched) -> None:
     assert config["architectures"] == ["MLPSpeculatorPreTrainedModel"]
 
 
-def test_killed_in_a_save_then_resumed_is_the_uninterrupted_run(runs, launched, verl_speculator) -> None:
-    lstm = ["model.speculator.method=sum_lstm", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=2"]
-    overrides = runs.overrides("killed", *lstm)
-    script = Path(__file__).with_name("killed_run.py")
-    with pytest.raises(AssertionError, match="SIGKILL"):
-        runs.torchrun(2, str(script), *overrides)
-    root = runs.folder / "killed"
-    assert layout.complete_steps(root) == [2]
-    shutil.copytree(root, runs.folder / "killed_one_process")
-
-    [resumed] = runs.run(2, overrides)
-    assert min(resumed) == 3
-    assert {path.name for path in root.iterdir() if path.name.startswith(".")} == set()
+def test_killed_in_a_save_then_resumed_is_the_uninterrupted_run(runs, launched) -> None:
+    assert min(launched["killed"]) == 3
+    assert {path.name for path in (runs.folder / "killed").iterdir() if path.name.startswith(".")} == set()
     for name, tensor in runs.weights("whole").items():
         assert torch.equal(tensor, runs.weights("killed")[name]), name
 
-    [alone] = runs.run(1, runs.overrides("killed_one_process", *lstm))
+    [alone] = runs.run(1, runs.overrides("killed_one_process", *LSTM))
     assert min(alone) == 3
     for name, tensor in runs.weights("whole").items():
         torch.testing.assert_close(runs.weights("killed_one_process")[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_ray_trains_like_torchrun_and_resumes(runs, launched, verl_speculator) -> None:
+    """The Ray twin: two workers, the same numbers."""
+    stopped = runs.overrides("ray", *LSTM, "trainer.total_training_steps=4")
+    first = verl_speculator("train", "--ray", "--nproc", "2", *stopped)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-6000:]
+    second = verl_speculator("train", "--ray", "--nproc", "2", *runs.overrides("ray", *LSTM))
+    assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-6000:]
+
+    metrics, reference = metrics_of(first.stdout) | metrics_of(second.stdout), launched["whole"]
+    assert sorted(metrics_of(second.stdout)) == [5, STEPS]
+    for step in range(1, STEPS + 1):
+        for name in ("train/loss", "train/grad_norm", "train/head_0/accuracy", "train/global_tokens"):
+            assert metrics[step][name] == pytest.approx(reference[step][name], rel=1e-4)
+    assert metrics[4]["val/loss"] > metrics[STEPS]["val/loss"]
+    assert metrics[STEPS]["val/loss"] == pytest.approx(reference[STEPS]["val/loss"], rel=1e-4)
+    for name, tensor in runs.weights("whole").items():
+        torch.testing.assert_close(runs.weights("ray")[name], tensor, rtol=0, atol=5e-5)
