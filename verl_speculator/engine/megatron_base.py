@@ -40,8 +40,8 @@ class BaseStep:
 def save_base(folder: Path, engine: Any) -> None:
     """Write ``huggingface/`` and what training on needs beside it; every rank must call this.
 
-    The optimizer's state is Megatron's own, one file for each place in a model-parallel group. It can be loaded on
-    another number of data-parallel ranks, and not with another tensor or pipeline parallelism.
+    The optimizer's state is Megatron's own, for each place in a model-parallel group: it is of no use to another tensor
+    or pipeline parallelism.
     """
     _save_weights(folder / BASE_FOLDER, engine)
     place = _own_place(folder)
