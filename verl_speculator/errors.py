@@ -1,5 +1,10 @@
 """The errors a user can cause. Each message is one sentence: what is wrong, where, and what would be right."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class SpeculatorError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -22,3 +27,12 @@ class MissingFileError(SpeculatorError, FileNotFoundError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The one of `known` that a mistyped `name` must have meant, for an error to suggest; None if none is like it.
+
+    `cutoff` is the least likeness, from 0 to 1, in the sense of `difflib.SequenceMatcher.ratio`.
+    """
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return near[0] if near else None

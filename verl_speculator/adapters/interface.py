@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from verl_speculator.adapters.needs import AdapterNeeds
 from verl_speculator.errors import ConfigError
 from verl_speculator.losses import (
     PackedHiddenStates,
@@ -70,7 +71,12 @@ class SpeculatorAdapter(ABC):
         ``count`` once, after everything has been added up.
         """
 
-    def count_trained_positions(self, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    @property
+    def needs(self) -> AdapterNeeds:
+        """What the engine has to provide; read once :attr:`speculator` is set, on which it may depend."""
+        return AdapterNeeds()
+
+    def count_trained_positions(self, input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
         """``[n_predict]``: positions that train each head, for the division above."""
         return count_trained_positions(loss_mask, cu_seqlens, self.speculator.n_predict)
 

@@ -74,25 +74,3 @@ def base_model_sizes(model: nn.Module) -> dict[str, Any]:
         "base_model_name_or_path": getattr(config, "name_or_path", "") or "",
         "base_model_archs": list(getattr(config, "architectures", None) or []) or None,
     }
-
-
-def check_base_sizes(
-    speculator_config: SpeculatorConfig,
-    hidden_size: int,
-    vocab_size: int,
-    path: str,
-    key: str = "model.speculator_path",
-) -> None:
-    """Raise :class:`ConfigError` if a speculator was trained for another hidden size or vocabulary than the base has.
-
-    :param key: what named the speculator's ``path``
-    """
-    for name, own, wanted in (
-        ("hidden size", speculator_config.input_hidden_dim, hidden_size),
-        ("vocabulary size", speculator_config.vocab_size, vocab_size),
-    ):
-        if own != wanted:
-            raise ConfigError(
-                f"{key}: the speculator in {path!r} was trained for {name} {own} and the base model has {wanted}; "
-                "give the base model that it was trained on"
-            )

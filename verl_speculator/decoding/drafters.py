@@ -128,17 +128,9 @@ def check_speculator_fits(model: Any, speculator: object) -> None:
     Raises:
         ConfigError: the hidden size or the vocabulary differs.
     """
-    if not isinstance(speculator, Speculator):
-        return
-    vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-    for name, own, wanted in (
-        ("input_hidden_dim", speculator.config.input_hidden_dim, hidden_size),
-        ("vocab_size", speculator.config.vocab_size, vocab_size),
-    ):
-        if own != wanted:
-            raise ConfigError(
-                f"the speculator's {name} is {own} but the base model's is {wanted}: it belongs to another base model."
-            )
+    if isinstance(speculator, Speculator):
+        vocab_size, hidden_size = model.get_output_embeddings().weight.shape
+        speculator.config.check_fits_base(hidden_size, vocab_size)
 
 
 def _name(drafter: object) -> str:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from verl.utils.fsdp_utils import fsdp2_load_full_state_dict
 
 from verl_speculator.adapters import SpeculatorAdapter
-from verl_speculator.adapters.settings import base_model_sizes, check_base_sizes
+from verl_speculator.adapters.settings import base_model_sizes
 from verl_speculator.losses import PackedHiddenStates
 from verl_speculator.models import Speculator
 
@@ -44,7 +44,9 @@ def build_speculator(adapter: SpeculatorAdapter, base: nn.Module, path: str | No
     if path:
         speculator = adapter.speculator_class.from_pretrained(path)
         sizes = base_model_sizes(base)
-        check_base_sizes(speculator.config, sizes["input_hidden_dim"], sizes["vocab_size"], path)
+        speculator.config.check_fits_base(
+            sizes["input_hidden_dim"], sizes["vocab_size"], f"model.speculator_path: the speculator in {path!r}"
+        )
         return speculator.float() if dist.get_rank() == 0 else speculator.float().to("meta")
     if dist.get_rank() != 0:
         with torch.device("meta"):

@@ -25,7 +25,9 @@ class StepSums:
     """
 
     def __init__(self, adapter: SpeculatorAdapter, data: TensorDict, data_parallel_group: Any) -> None:
-        head_counts = adapter.count_trained_positions(data["loss_mask"].values(), data["input_ids"].offsets())
+        head_counts = adapter.count_trained_positions(
+            data["input_ids"].values(), data["loss_mask"].values(), data["input_ids"].offsets()
+        )
         self.head_counts = head_counts.to(get_device_id())
         torch.distributed.all_reduce(self.head_counts, group=data_parallel_group)
         self._rows: list[dict[str, Tensor]] = []

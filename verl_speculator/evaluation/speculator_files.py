@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from verl_speculator.adapters.settings import check_base_sizes
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.models import Speculator, SpeculatorConfig
 from verl_speculator.models.serialization import CONFIG_NAME, find_folder, find_weights, read_config
@@ -44,4 +43,4 @@ def check_fits(config: SpeculatorConfig, hidden_size: int, vocab_size: int, path
 
     The rows count, padding included: the speculator's own vocabulary matrix has as many.
     """
-    check_base_sizes(config, hidden_size, vocab_size, str(path), _KEY)
+    config.check_fits_base(hidden_size, vocab_size, f"{_KEY}: the speculator in {str(path)!r}")

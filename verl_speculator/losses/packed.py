@@ -19,10 +19,13 @@ class PackedHiddenStates:
         input_ids: [T], the tokens that the base model read.
         loss_mask: [T], 1 where a token is a target to learn and 0 elsewhere.
         cu_seqlens: [B + 1], where each sequence starts; `cu_seqlens[0]` is 0 and `cu_seqlens[-1]` is T.
-        lm_head_weight: [V, H], the frozen head of the base model; None where the objective does not distil.
+        lm_head_weight: [V, H], the base model's vocabulary matrix; in training only where the adapter needs it.
         head_counts: [n_predict], trained positions of each head in the whole global batch. None says that this
             batch is the whole. An engine that cuts the batch into micro-batches or ranks must give it, or the
             loss depends on the cut.
+        aux_hidden_states: [T, A * H], the residual stream after each of the A layers that the adapter asked for, side
+            by side in the order asked; None where it asked for none.
+        position_ids: [T], each token's place in its own sequence, from 0; None where the adapter did not ask.
 
     Raises:
         DataError: shapes that do not agree. Values are not looked at: that would make the host wait for the device.
@@ -34,6 +37,8 @@ class PackedHiddenStates:
     cu_seqlens: Tensor
     lm_head_weight: Tensor | None = None
     head_counts: Tensor | None = None
+    aux_hidden_states: Tensor | None = None
+    position_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.validate()
@@ -63,6 +68,17 @@ class PackedHiddenStates:
             raise DataError(
                 f"lm_head_weight must have shape [V, {hidden_size}]; got {list(self.lm_head_weight.shape)}."
             )
+        if self.aux_hidden_states is not None and (
+            self.aux_hidden_states.dim() != 2
+            or self.aux_hidden_states.shape[0] != num_tokens
+            or self.aux_hidden_states.shape[1] % hidden_size
+        ):
+            raise DataError(
+                f"aux_hidden_states must have shape [{num_tokens}, A * {hidden_size}]; "
+                f"got {list(self.aux_hidden_states.shape)}."
+            )
+        if self.position_ids is not None and list(self.position_ids.shape) != [num_tokens]:
+            raise DataError(f"position_ids must have shape [{num_tokens}]; got {list(self.position_ids.shape)}.")
         if self.head_counts is not None and self.head_counts.dim() != 1:
             raise DataError(f"head_counts must have shape [n_predict]; got {list(self.head_counts.shape)}.")
 

@@ -100,6 +100,28 @@ class SpeculatorConfig:
         if archs is not None and not (isinstance(archs, list) and all(isinstance(arch, str) for arch in archs)):
             raise ConfigError(f"base_model_archs must be a list of architecture names, not {archs!r}.")
 
+    def check_fits_base(self, hidden_size: int, vocab_size: int, speculator: str = "the speculator") -> None:
+        """Refuse a base model that this speculator was not trained on, as far as sizes can tell.
+
+        `vocab_size` counts the rows of `lm_head`, padding included: the speculator's own vocabulary matrix has as many.
+
+        Args:
+            speculator: What errors call it, such as `--speculator: the one in 'folder'`.
+
+        Raises:
+            ConfigError: The hidden size or the vocabulary differs.
+        """
+        for name, own, wanted in (
+            ("hidden size", self.input_hidden_dim, hidden_size),
+            ("vocabulary size", self.vocab_size, vocab_size),
+        ):
+            if own != wanted:
+                base = f" ({self.base_model_name_or_path})" if self.base_model_name_or_path else ""
+                raise ConfigError(
+                    f"{speculator} was trained for {name} {own} and the base model has {wanted}; "
+                    f"give the base model that it was trained on{base}"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json` in the form that other engines read."""
         values: dict[str, Any] = {

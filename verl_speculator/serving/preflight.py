@@ -11,7 +11,7 @@ from pathlib import Path
 from verl_speculator.errors import ConfigError, MissingFileError
 from verl_speculator.models.serialization import read_config
 from verl_speculator.serving.compatibility import check_version
-from verl_speculator.serving.recognition import check_fits_base, find_speculator, known_architectures, number_of_drafts
+from verl_speculator.serving.recognition import find_speculator, known_architectures, number_of_drafts
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN = "verl_speculator"
@@ -33,7 +33,7 @@ def check_before_serving(base: str, speculator: str, num_tokens: int | None, res
     number_of_drafts(found.config, num_tokens)
     sizes = base_sizes(base)
     if sizes is not None:
-        check_fits_base(found.config, *sizes)
+        found.config.check_fits_base(*sizes)
 
 
 def _check_engine() -> None:

@@ -64,20 +64,6 @@ def known_architectures() -> set[str]:
     return set().union(*(config_class.architectures for config_class in _subclasses(SpeculatorConfig)))
 
 
-def check_fits_base(config: SpeculatorConfig, hidden_size: int, vocab_size: int) -> None:
-    """Raise a ConfigError unless the speculator was made for a base model of these sizes."""
-    for what, own, base in (
-        ("hidden size", config.input_hidden_dim, hidden_size),
-        ("vocabulary", config.vocab_size, vocab_size),
-    ):
-        if own != base:
-            raise ConfigError(
-                f"the speculator was trained for a base model with {what} {own}, but that of this model is {base}: "
-                f"serve it with the base model it was trained on"
-                + (f" ({config.base_model_name_or_path})." if config.base_model_name_or_path else ".")
-            )
-
-
 def number_of_drafts(config: SpeculatorConfig, wanted: int | None) -> int:
     """`num_speculative_tokens`: `wanted`, or all heads; a ConfigError for more than the speculator has."""
     if wanted is None:

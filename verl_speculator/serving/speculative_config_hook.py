@@ -52,7 +52,7 @@ def use_speculator(config: Any) -> None:
     """
     if config.model is None or config.model == PROPOSER or config.method not in METHODS:
         return
-    from verl_speculator.serving.recognition import check_fits_base, find_speculator, number_of_drafts
+    from verl_speculator.serving.recognition import find_speculator, number_of_drafts
 
     speculator = find_speculator(config.model, config.revision)
     if speculator is None:
@@ -68,7 +68,7 @@ def use_speculator(config: Any) -> None:
             "pipeline_parallel_size must be 1 with a speculator of verl_speculator; use tensor_parallel_size instead."
         )
     target = config.target_model_config
-    check_fits_base(speculator.config, target.get_hidden_size(), target.get_vocab_size())
+    speculator.config.check_fits_base(target.get_hidden_size(), target.get_vocab_size())
     config.num_speculative_tokens = number_of_drafts(speculator.config, config.num_speculative_tokens)
     setattr(config, ATTRIBUTE, speculator)
     config.model, config.method = PROPOSER, METHOD

@@ -10,7 +10,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
-from verl_speculator.adapters.settings import check_base_sizes
 from verl_speculator.checkpoint.layout import check_intact, find_resume_path
 from verl_speculator.data.chat_parquet import check_chat_file, check_file, resolve_files
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
@@ -90,7 +89,7 @@ def _check_speculator(adapter: SpeculatorAdapter, path: str, sizes: BaseSizes | 
     except CheckpointError as error:
         raise CheckpointError(f"{key}: {error}") from error
     if sizes is not None:
-        check_base_sizes(speculator.config, sizes.hidden_size, sizes.vocab_size, path, key)
+        speculator.config.check_fits_base(sizes.hidden_size, sizes.vocab_size, f"{key}: the speculator in {path!r}")
 
 
 def _check_output(config: DictConfig) -> Path | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from verl_speculator.adapters import LSTMSpeculatorAdapter, MLPSpeculatorAdapter, SpeculatorAdapter
-from verl_speculator.adapters.settings import SHARED_DEFAULTS, check_base_sizes
+from verl_speculator.adapters.settings import SHARED_DEFAULTS
 from verl_speculator.errors import ConfigError
 from verl_speculator.losses import PackedHiddenStates, speculator_loss
 from verl_speculator.models import ArcticLSTMSpeculator, MLPSpeculator
@@ -99,7 +99,7 @@ def test_loss_is_the_mean_over_heads_of_the_cross_entropy(adapter, packed) -> No
 
 def test_parts_add_up_to_the_whole(adapter, packed) -> None:
     whole, _ = adapter.compute_speculator_loss(packed)
-    counts = adapter.count_trained_positions(packed.loss_mask, packed.cu_seqlens)
+    counts = adapter.count_trained_positions(packed.input_ids, packed.loss_mask, packed.cu_seqlens)
     parts = []
     bounds = packed.cu_seqlens.tolist()
     for start, stop in pairwise(bounds):
@@ -155,12 +155,3 @@ def test_settings_that_mean_nothing_to_the_mlp(changes) -> None:
 def test_shared_settings_at_their_defaults_mean_nothing_to_the_mlp(base) -> None:
     built = MLPSpeculatorAdapter({**SHARED_DEFAULTS, "inner_dim": 8}).build_speculator_module(base)
     assert built.config.to_dict()["inner_dim"] == 8
-
-
-def test_base_of_another_size(base) -> None:
-    config = LSTMSpeculatorAdapter(NARROW).build_speculator_module(base).config
-    check_base_sizes(config, 12, 40, "here")
-    with pytest.raises(ConfigError, match=r"model\.speculator_path: .*'here' was trained for hidden size 12 .* has 13"):
-        check_base_sizes(config, 13, 40, "here")
-    with pytest.raises(ConfigError, match="trained for vocabulary size 40 and the base model has 41"):
-        check_base_sizes(config, 12, 41, "here")

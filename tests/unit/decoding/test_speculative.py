@@ -244,7 +244,7 @@ def test_columns_of_nothing_but_padding_do_not_matter(model, prompts, expected):
 
 def test_a_speculator_of_another_base_is_refused(model, prompts):
     ids = torch.tensor([prompts[0]])
-    for changes, name in (({"vocab_size": 77}, "vocab_size is 77"), ({"hidden_size": 64}, "input_hidden_dim is 64")):
+    for changes, name in (({"vocab_size": 77}, "vocabulary size 77"), ({"hidden_size": 64}, "hidden size 64")):
         other = build_speculator("mlp", build_model("llama", **changes))
-        with pytest.raises(ConfigError, match=f"the speculator's {name} but the base model's is"):
+        with pytest.raises(ConfigError, match=f"the speculator was trained for {name} and the base model has"):
             speculative_generate(model, other, ids, max_new_tokens=4)

@@ -146,3 +146,12 @@ def test_other_values(changes, message):
 def test_parse_width():
     assert parse_width(8, "w") == parse_width("8", "w") == (8,)
     assert parse_width("8.16.4", "w") == (8, 16, 4)
+
+
+def test_base_of_another_size():
+    config = MLPSpeculatorConfig(**BASE)
+    config.check_fits_base(48, 211)
+    with pytest.raises(ConfigError, match=r"^the one was trained for hidden size 48 .* has 64; .* on \(base\)$"):
+        config.check_fits_base(64, 211, "the one")
+    with pytest.raises(ConfigError, match="trained for vocabulary size 211 and the base model has 212"):
+        config.check_fits_base(48, 212)

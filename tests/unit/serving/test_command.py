@@ -103,7 +103,7 @@ def test_mistake_ends_before_vllm_starts(arguments, reason, engine, base, make_s
 def test_speculator_of_another_base_model(engine, base, make_speculator, capsys) -> None:
     _, folder = make_speculator("mlp", input_hidden_dim=10)
     assert call("serve", base, "--speculator", str(folder)) == 2
-    assert f"hidden size 10, but that of this model is {HIDDEN}" in capsys.readouterr().err
+    assert f"hidden size 10 and the base model has {HIDDEN}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from tests.unit.serving.conftest import HEADS, HIDDEN, VOCAB
 from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.models import ArcticLSTMSpeculatorConfig, MLPSpeculatorConfig
 from verl_speculator.serving.recognition import (
-    check_fits_base,
     find_speculator,
     known_architectures,
     number_of_drafts,
@@ -151,17 +150,6 @@ def test_speculator_with_an_impossible_value(make_speculator) -> None:
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="n_predict must be a positive integer, not 0"):
         find_speculator(str(folder))
-
-
-def test_fit() -> None:
-    config = MLPSpeculatorConfig(
-        input_hidden_dim=HIDDEN, vocab_size=VOCAB, n_predict=HEADS, base_model_name_or_path="owner/base"
-    )
-    check_fits_base(config, HIDDEN, VOCAB)
-    with pytest.raises(ConfigError, match=rf"hidden size {HIDDEN}, but that of this model is 64: .*\(owner/base\)"):
-        check_fits_base(config, 64, VOCAB)
-    with pytest.raises(ConfigError, match=f"vocabulary {VOCAB}, but that of this model is 100"):
-        check_fits_base(config, HIDDEN, 100)
 
 
 def test_number_of_drafts() -> None:
