@@ -193,7 +193,10 @@ class _SoftTargetLoss(torch.autograd.Function):
             for i, (tensor, want) in enumerate(zip(casted, wanted, strict=True))
         ]
         row_weights = [head.row_weights.to(sum_dtype) for head in work.heads]
-        rows = [_RowResults.of(len(tensor), sum_dtype, tensor.device) for tensor in states]
+        rows = [
+            _RowResults(*(tensor.new_empty(len(tensor), dtype=kind) for kind in (*[sum_dtype] * 3, torch.bool)))
+            for tensor in states
+        ]
         with torch.autocast(states[0].device.type, enabled=False):
             for target_rows, head_rows in _chunks(work, weights[0].shape[0]):
                 target = _target_chunk(work, target_rows, sum_dtype)
@@ -233,15 +236,12 @@ class _SoftTargetLoss(torch.autograd.Function):
 
 
 class _RowResults(NamedTuple):
+    """A head's results, filled in chunk by chunk."""
+
     losses: Tensor
     cross_entropies: Tensor
     overlaps: Tensor
     correct: Tensor
-
-    @classmethod
-    def of(cls, num_rows: int, dtype: torch.dtype, device: torch.device) -> _RowResults:
-        numbers = (torch.empty(num_rows, dtype=dtype, device=device) for _ in range(3))
-        return cls(*numbers, torch.empty(num_rows, dtype=torch.bool, device=device))
 
 
 class _TargetChunk(NamedTuple):
@@ -255,7 +255,10 @@ class _TargetChunk(NamedTuple):
         # Ascending and without repeats: as many rows as there are need no copy.
         if rows_R.shape[0] == self.probs_CV.shape[0]:
             return self
-        return _TargetChunk(*(None if part is None else part.index_select(0, rows_R) for part in self))
+        log_probs_RV = None if self.log_probs_CV is None else self.log_probs_CV.index_select(0, rows_R)
+        return _TargetChunk(
+            self.probs_CV.index_select(0, rows_R), self.entropy_C1.index_select(0, rows_R), log_probs_RV
+        )
 
 
 def _target_chunk(work: _Work, rows: slice, sum_dtype: torch.dtype) -> _TargetChunk:
