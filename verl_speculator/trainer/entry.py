@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from omegaconf import DictConfig
 
 from verl_speculator.errors import SpeculatorError
-from verl_speculator.trainer.configuration import load_config
+from verl_speculator.trainer.config.compose import load_config
+from verl_speculator.trainer.config.preflight import check_run
 from verl_speculator.trainer.launch import joins_cluster
-from verl_speculator.trainer.preflight import check_run
 
 EXIT_USER_ERROR = 2
 

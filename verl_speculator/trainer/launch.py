@@ -10,8 +10,7 @@ from typing import NoReturn
 from omegaconf import DictConfig
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.parallelism import engine_name
+from verl_speculator.trainer.config.compose import engine_name, load_config
 
 
 def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> NoReturn:
@@ -29,8 +28,8 @@ def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) 
     """The command and the environment with which a run that has passed all checks is to be started."""
     config = load_config(overrides)
     # Only now: a mistyped key is answered before torch has been loaded.
-    from verl_speculator.trainer.preflight import check_run
-    from verl_speculator.trainer.values import refuse_on_cpu
+    from verl_speculator.trainer.config.preflight import check_run
+    from verl_speculator.trainer.config.rules import refuse_on_cpu
 
     num_devices = _count_devices()
     if num_processes is None:

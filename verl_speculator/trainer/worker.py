@@ -8,7 +8,7 @@ from verl.workers.engine_workers import TrainingWorker
 
 from verl_speculator.engine import register_megatron
 from verl_speculator.platforms import cpu
-from verl_speculator.trainer.megatron_packages import check_packages
+from verl_speculator.trainer.config.megatron import check_packages
 
 
 class SpeculatorTrainingWorker(TrainingWorker):
