@@ -16,8 +16,13 @@ from verl_speculator.trainer.config.compose import engine_name, load_config
 def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> NoReturn:
     """Check the run, then replace this process by the trainer's.
 
-    :param num_processes: processes on this machine, each with a device of its own; None takes one for each device
-    :raises SpeculatorError: one sentence about the first thing that cannot work
+    Args:
+        overrides: `key=value` from the command line.
+        num_processes: processes on this machine, each with a device of its own; None takes one for each device.
+        use_ray: start a Ray driver instead of torchrun.
+
+    Raises:
+        SpeculatorError: one sentence about the first thing that cannot work.
     """
     command, environment = plan(overrides, num_processes=num_processes, use_ray=use_ray)
     sys.stdout.flush()

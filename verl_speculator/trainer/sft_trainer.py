@@ -1,4 +1,4 @@
-"""Training under torchrun: ``torchrun --nproc_per_node=N -m verl_speculator.trainer.sft_trainer key=value ...``"""
+"""Training under torchrun: `torchrun --nproc_per_node=N -m verl_speculator.trainer.sft_trainer key=value ...`"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training under Ray: ``python -m verl_speculator.trainer.sft_trainer_ray trainer.n_gpus_per_node=N key=value ...``"""
+"""Training under Ray: `python -m verl_speculator.trainer.sft_trainer_ray trainer.n_gpus_per_node=N key=value ...`"""
 
 from __future__ import annotations
 
