@@ -8,11 +8,10 @@ from verl_speculator.losses.alignment import (
     trained_positions,
 )
 from verl_speculator.losses.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
-from verl_speculator.losses.objective import DraftsTokens, SpeculatorLoss, speculator_loss, speculator_metrics
+from verl_speculator.losses.objective import SpeculatorLoss, speculator_loss, speculator_metrics
 from verl_speculator.losses.packed import PackedHiddenStates
 
 __all__ = [
-    "DraftsTokens",
     "LinearCrossEntropyOutput",
     "PackedHiddenStates",
     "SpeculatorLoss",

@@ -26,9 +26,9 @@ class LinearCrossEntropyOutput(NamedTuple):
     """The loss and what it is made of.
 
     Attributes:
-        loss: scalar, the sum of `row_weights * row_losses`; the only part with a gradient.
+        loss: Scalar, the sum of `row_weights * row_losses`; the only part with a gradient.
         row_losses: [N], the unweighted cross entropies, detached.
-        correct: [N], bool: the target's logit is its row's largest, ties included.
+        correct: [N], bool: the target is its row's first largest logit, the token that greedy decoding takes.
     """
 
     loss: Tensor
@@ -55,7 +55,7 @@ def linear_cross_entropy(
         weight: [V, D].
         targets: [N], int64, each in [0, V).
         row_weights: [N], constants.
-        chunk_size: rows of logits that exist at a time; None chooses from a budget of bytes.
+        chunk_size: Rows of logits that exist at a time; None chooses from a budget of bytes.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None to choose it; got {chunk_size}.")
@@ -173,13 +173,14 @@ class _Pass:
 
         targets_R1 = targets_R.unsqueeze(1)
         target_logit_R1 = probs_RV.gather(1, targets_R1)
-        max_logit_R1 = probs_RV.amax(dim=1, keepdim=True)
+        # The first of equal largest logits, which is what decoding takes: in bfloat16 a few rows in a hundred have two.
+        max_logit_R1, argmax_R1 = probs_RV.max(dim=1, keepdim=True)
+        self.correct[chunk] = (argmax_R1 == targets_R1).squeeze(1)
         torch.softmax(probs_RV, dim=1, out=probs_RV)
         # The largest probability is exp(max - logsumexp), never below 1/V: its logarithm gives logsumexp without
         # a second exponential of every logit, and without the underflow of the target's own probability.
-        logsumexp_R1 = max_logit_R1 - probs_RV.amax(dim=1, keepdim=True).log_()
+        logsumexp_R1 = max_logit_R1 - probs_RV.gather(1, argmax_R1).log_()
         self.row_losses[chunk] = (logsumexp_R1 - target_logit_R1).squeeze(1)
-        self.correct[chunk] = (target_logit_R1 == max_logit_R1).squeeze(1)
 
         if self.grad_states is None and self.grad_weight is None:
             return

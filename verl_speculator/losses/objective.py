@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from verl_speculator.errors import ConfigError, DataError
-from verl_speculator.losses.alignment import head_inputs, head_targets, trained_positions
+from verl_speculator.losses.alignment import chain_rows, head_inputs, head_targets, trained_positions
 from verl_speculator.losses.linear_cross_entropy import linear_cross_entropy
 from verl_speculator.losses.packed import PackedHiddenStates
-
-
-class DraftsTokens(Protocol):
-    """What the objective needs of a speculator."""
-
-    @property
-    def n_predict(self) -> int: ...
-
-    @property
-    def heads_are_tied(self) -> bool:
-        """Whether every head has the same vocabulary matrix."""
-        ...
-
-    def begin(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """The state of the chain before its first token, each part [..., some width], from [..., H]."""
-        ...
-
-    def step(self, state: Any, tokens: Tensor, head_index: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Read `tokens` [...] with a head: the state after it, and the output [..., D] before the vocabulary matrix."""
-        ...
-
-    def head_weight(self, head_index: int) -> Tensor:
-        """The vocabulary matrix of a head: [V, D]."""
-        ...
-
-
-@runtime_checkable
-class EmbedsAtOnce(Protocol):
-    """A speculator whose `step` also takes the embeddings of its tokens."""
-
-    def embed(self, tokens: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """Embeddings [..., E] of each head's `tokens` [...] from one lookup; None if the heads do not share a table.
-
-        The gradient of a table is as large as the table: one lookup has one, and not one for each head.
-        """
-        ...
+from verl_speculator.models import ChainSpeculator
 
 
 class SpeculatorLoss(NamedTuple):
@@ -57,15 +22,8 @@ class SpeculatorLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class _HeadRows(NamedTuple):
-    """What one head drafts at the positions that train it."""
-
-    positions_N: Tensor
-    outputs_ND: Tensor
-
-
 def speculator_loss(
-    speculator: DraftsTokens,
+    speculator: ChainSpeculator,
     packed: PackedHiddenStates,
     *,
     head_loss_weights: Sequence[float] | None = None,
@@ -95,15 +53,28 @@ def speculator_loss(
     if counts_P.shape[0] != n_predict:
         raise DataError(f"head_counts must hold one count per head ({n_predict}); got {counts_P.shape[0]}.")
 
-    heads = _run_heads(speculator, packed, trained_PT)
-    sum_dtype = torch.promote_types(heads[0].outputs_ND.dtype, torch.float32)
-    scales_P = torch.tensor(weights, dtype=sum_dtype).to(trained_PT.device) / counts_P.clamp(min=1).to(sum_dtype)
-    loss, row_losses, correct = _heads_cross_entropy(speculator, packed.input_ids, heads, scales_P, chunk_size)
+    rows = chain_rows(trained_PT)
+    embedded = speculator.embed_all([head_inputs(packed.input_ids, at_N, i) for i, at_N in enumerate(rows.positions)])
+    unrolled = speculator.unroll(packed.hidden_states, embedded, lambda part, i: _select(part, rows.kept[i]))
+    outputs = [_select(output_ND, rows.trained[i]) for i, output_ND in enumerate(unrolled)]
+    targets = [head_targets(packed.input_ids, at_N, i) for i, at_N in enumerate(rows.trained_positions)]
 
-    correct_PT = torch.zeros_like(trained_PT)
-    for head_index, head in enumerate(heads):
-        correct_PT[head_index].index_copy_(0, head.positions_N, correct[head_index])
-    loss_sums_P = torch.stack([losses.sum() for losses in row_losses])
+    sum_dtype = torch.promote_types(outputs[0].dtype, torch.float32)
+    scales_P = torch.tensor(weights, dtype=sum_dtype).to(trained_PT.device) / counts_P.clamp(min=1).to(sum_dtype)
+    row_weights = [scales_P[i].expand(len(at_N)) for i, at_N in enumerate(rows.trained_positions)]
+    if speculator.heads_are_tied:
+        # One call: the gradient of the shared matrix is then summed in place rather than once per head.
+        calls = [(torch.cat(outputs), speculator.head_weight(0), torch.cat(targets), torch.cat(row_weights))]
+    else:
+        matrices = [speculator.head_weight(i) for i in range(n_predict)]
+        calls = list(zip(outputs, matrices, targets, row_weights, strict=True))
+    results = [linear_cross_entropy(*call, chunk_size=chunk_size) for call in calls]
+
+    # All heads' rows one head after the other, which is the order of the trained positions in [n_predict, T].
+    row_losses, correct = (torch.cat([getattr(part, name) for part in results]) for name in ("row_losses", "correct"))
+    correct_PT = torch.zeros_like(trained_PT).masked_scatter_(trained_PT, correct)
+    loss_sums_P = torch.stack([losses.sum() for losses in row_losses.split([len(head) for head in outputs])])
+    loss = torch.stack([part.loss for part in results]).sum()
     return SpeculatorLoss(loss, _metric_sums(trained_PT, correct_PT, loss_sums_P))
 
 
@@ -145,25 +116,6 @@ def _normalised_weights(head_loss_weights: Sequence[float] | None, n_predict: in
     return [weight / total for weight in weights]
 
 
-def _run_heads(speculator: DraftsTokens, packed: PackedHiddenStates, trained_PT: Tensor) -> list[_HeadRows]:
-    # A row stays in the chain for as long as this head or a later one trains on it.
-    still_needed_PT = trained_PT.flip(0).cumsum(dim=0).flip(0) > 0
-    positions = [needed_T.nonzero().squeeze(1) for needed_T in still_needed_PT]
-    tokens = [head_inputs(packed.input_ids, positions_N, i) for i, positions_N in enumerate(positions)]
-    embedded = speculator.embed(tokens) if isinstance(speculator, EmbedsAtOnce) else None
-
-    state = speculator.begin(_select(packed.hidden_states, positions[0]))
-    heads = []
-    for i, positions_N in enumerate(positions):
-        if i > 0:
-            kept_N = still_needed_PT[i][positions[i - 1]].nonzero().squeeze(1)
-            state = tuple(_select(part, kept_N) for part in state)
-        state, outputs_ND = speculator.step(state, tokens[i] if embedded is None else embedded[i], i)
-        trained_N = trained_PT[i][positions_N].nonzero().squeeze(1)
-        heads.append(_HeadRows(_select(positions_N, trained_N), _select(outputs_ND, trained_N)))
-    return heads
-
-
 def _select(tensor: Tensor, index: Tensor) -> Tensor:
     """Rows of a tensor, where `index` is sorted and without repeats: all rows need no copy."""
     if index.shape[0] == tensor.shape[0]:
@@ -184,33 +136,6 @@ class _SelectRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, index, grad), None
-
-
-def _heads_cross_entropy(
-    speculator: DraftsTokens, input_ids: Tensor, heads: list[_HeadRows], scales_P: Tensor, chunk_size: int | None
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The loss, and each head's row losses [N_i] and correct [N_i]."""
-    targets = [head_targets(input_ids, head.positions_N, i) for i, head in enumerate(heads)]
-    row_weights = [scales_P[i].expand(head.positions_N.shape[0]) for i, head in enumerate(heads)]
-    if speculator.heads_are_tied:
-        # One call: the gradient of the shared matrix is then summed in place rather than once per head.
-        output = linear_cross_entropy(
-            torch.cat([head.outputs_ND for head in heads]),
-            speculator.head_weight(0),
-            torch.cat(targets),
-            torch.cat(row_weights),
-            chunk_size=chunk_size,
-        )
-        sizes = [head.positions_N.shape[0] for head in heads]
-        return output.loss, list(output.row_losses.split(sizes)), list(output.correct.split(sizes))
-    outputs = [
-        linear_cross_entropy(
-            head.outputs_ND, speculator.head_weight(i), targets[i], row_weights[i], chunk_size=chunk_size
-        )
-        for i, head in enumerate(heads)
-    ]
-    loss = torch.stack([output.loss for output in outputs]).sum()
-    return loss, [output.row_losses for output in outputs], [output.correct for output in outputs]
 
 
 def _metric_sums(trained_PT: Tensor, correct_PT: Tensor, loss_sums_P: Tensor) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ _WEIGHTS = (
 
 
 class BaseSizes(NamedTuple):
-    """What ``config.json`` says; None where it does not say it."""
+    """What `config.json` says; None where it does not say it."""
 
     hidden_size: int
     vocab_size: int
@@ -37,12 +37,13 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def check_base_model(model: DictConfig) -> BaseSizes | None:
-    """The sizes of the base model in the folder ``model.path``.
+    """The sizes of the base model in the folder `model.path`.
 
-    None where they cannot be known here: a name on the Hugging Face hub, a remote path, an unusual ``config.json``.
+    None where they cannot be known here: a name on the Hugging Face hub, a remote path, an unusual `config.json`.
 
-    :raises MissingFileError: the folder, its ``config.json`` or its weights are not there
-    :raises ConfigError: one of them is damaged, or the model has no chat template
+    Raises:
+        MissingFileError: the folder, its `config.json` or its weights are not there.
+        ConfigError: one of them is damaged, or the model has no chat template.
     """
     name = str(model.path)
     folder = Path(name)
@@ -71,7 +72,7 @@ def check_base_model(model: DictConfig) -> BaseSizes | None:
 
 
 def _could_be_elsewhere(name: str) -> bool:
-    """``scheme://...`` or ``organisation/model``."""
+    """`scheme://...` or `organisation/model`."""
     return "://" in name or (name.count("/") == 1 and not name.startswith(("/", "./", "../", "~")))
 
 
