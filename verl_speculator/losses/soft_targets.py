@@ -16,6 +16,13 @@ while drafts and target hardly overlap and total variation has next to no gradie
 Head i at position t is compared with the target's distribution at position t + 1 + i. Several heads meet at one
 position, so the pass goes through chunks of positions, computes the target's probabilities of a chunk once, and lets
 every head's rows of that chunk use them. Both gradients are computed on the way, and backward only scales them.
+
+Where heads are weighed adaptively, a row counts for as much as verification is likely to reach it: by the product of
+`(1 + a) / 2` over the heads before it at the same position, with a their overlap, or where there is no target
+distribution their probability of the text's token. This is the cumulative confidence of D-PACE (Wu et al. 2026,
+arXiv:2605.18810, with its smoothing of one half); that of a head's own continuation is left out, since it is known only
+after the heads that follow. The product is a constant for the gradient. A head's target lies behind that of the head
+before it, so one pass through the positions has every factor in time.
 """
 
 from __future__ import annotations
@@ -76,6 +83,8 @@ class HeadRows(NamedTuple):
         labels: [N], int64: the tokens of the text.
         row_weights: [N], constants.
         target_rows: [N], int64, ascending: which row of the target's states each is compared with.
+        rows_before: [N], int64: the row of the head before that has the same position, -1 where that head has none
+            there; given for all heads but the first, rows are weighed adaptively.
     """
 
     states: Tensor
@@ -83,6 +92,7 @@ class HeadRows(NamedTuple):
     labels: Tensor
     row_weights: Tensor
     target_rows: Tensor
+    rows_before: Tensor | None = None
 
 
 class TargetHead(NamedTuple):
@@ -132,12 +142,12 @@ class SoftTargetsOutput(NamedTuple):
 def soft_target_loss(
     heads: Sequence[HeadRows],
     target_states: Tensor,
-    target_head: TargetHead,
+    target_head: TargetHead | None,
     objective: Objective,
     *,
     chunk_size: int | None = None,
 ) -> SoftTargetsOutput:
-    """Weighted sum of every row's loss against the target's distribution.
+    """Weighted sum of every row's loss.
 
     The products run in the inputs' type (or autocast's), everything after them in float32, or float64 if the inputs
     are. Gradients go to the heads' `states` and `weight` only; second derivatives are not supported.
@@ -145,6 +155,7 @@ def soft_target_loss(
     Args:
         heads: At least one; a head without rows has zero gradients.
         target_states: [M, H], the target's last hidden states; no gradient.
+        target_head: None for hard labels alone; overlaps are then 0.
         chunk_size: Rows of `target_states` that are worked on at a time; None chooses from a budget of bytes.
     """
     weights: list[Tensor] = []
@@ -156,7 +167,8 @@ def soft_target_loss(
     dtype = matmul_dtype(*inputs)
     # Casts outside of the Function are autograd's to undo, after it has applied the upstream scale.
     inputs = [tensor.float() if tensor.dtype == torch.float16 else tensor for tensor in inputs]
-    target_head = target_head._replace(weight=target_head.weight.detach().to(dtype))
+    if target_head is not None:
+        target_head = target_head._replace(weight=target_head.weight.detach().to(dtype))
     work = _Work(heads, weight_of, target_states.detach().to(dtype), target_head, objective, chunk_size)
     # Asked here, because inside of a Function gradients always look disabled.
     loss, *rows = _SoftTargetLoss.apply(work, dtype, torch.is_grad_enabled(), *inputs)
@@ -170,7 +182,7 @@ class _Work(NamedTuple):
     heads: Sequence[HeadRows]
     weight_of: list[int]
     target_states_MH: Tensor
-    target_head: TargetHead
+    target_head: TargetHead | None
     objective: Objective
     chunk_size: int | None
 
@@ -192,7 +204,8 @@ class _SoftTargetLoss(torch.autograd.Function):
             else torch.zeros_like(tensor, dtype=sum_dtype)
             for i, (tensor, want) in enumerate(zip(casted, wanted, strict=True))
         ]
-        row_weights = [head.row_weights.to(sum_dtype) for head in work.heads]
+        row_weights = [head.row_weights.to(sum_dtype, copy=True) for head in work.heads]
+        reached = [torch.ones_like(weights_N) for weights_N in row_weights]
         rows = [
             _RowResults(*(tensor.new_empty(len(tensor), dtype=kind) for kind in (*[sum_dtype] * 3, torch.bool)))
             for tensor in states
@@ -206,8 +219,11 @@ class _SoftTargetLoss(torch.autograd.Function):
                     weight = weights[work.weight_of[i]]
                     logits_RV = torch.mm(states[i][own], weight.t()).to(sum_dtype)
                     head = work.heads[i]
-                    own_target = target.at(head.target_rows[own] - target_rows.start)
+                    own_target = target and target.at(head.target_rows[own] - target_rows.start)
                     grad_RV = _row_losses(work.objective, logits_RV, own_target, head.labels[own], rows[i], own)
+                    if head.rows_before is not None:
+                        _weigh_by_reach(i, own, head.rows_before[own], rows, reached, has_target=target is not None)
+                        row_weights[i][own] *= reached[i][own]
                     row_weights_R1 = row_weights[i][own].unsqueeze(1)
                     grad_RV = grad_RV.to(dtype)
                     grad_states, grad_weight = gradients[i], gradients[num_heads + work.weight_of[i]]
@@ -261,7 +277,21 @@ class _TargetChunk(NamedTuple):
         )
 
 
-def _target_chunk(work: _Work, rows: slice, sum_dtype: torch.dtype) -> _TargetChunk:
+def _weigh_by_reach(
+    i: int, own: slice, before_R: Tensor, rows: list[_RowResults], reached: list[Tensor], *, has_target: bool
+) -> None:
+    """Fill in the chance that verification reaches rows `own` of head i."""
+    if rows[i - 1].losses.shape[0] == 0:
+        return
+    at_R = before_R.clamp(min=0)
+    kept_R = rows[i - 1].overlaps[at_R] if has_target else (-rows[i - 1].cross_entropies[at_R]).exp()
+    # Nothing is known of a position where the head before has no row.
+    reached[i][own] = torch.where(before_R < 0, 1.0, reached[i - 1][at_R] * (1 + kept_R) / 2)
+
+
+def _target_chunk(work: _Work, rows: slice, sum_dtype: torch.dtype) -> _TargetChunk | None:
+    if work.target_head is None:
+        return None
     logits_CV = work.target_head.logits(work.target_states_MH[rows]).to(sum_dtype)
     if work.objective.temperature != 1.0:
         logits_CV.div_(work.objective.temperature)
@@ -288,14 +318,13 @@ def _chunks(work: _Work, vocab_size: int) -> Iterator[tuple[slice, list[slice]]]
 def _row_losses(
     objective: Objective,
     logits_RV: Tensor,
-    target: _TargetChunk,
+    target: _TargetChunk | None,
     labels_R: Tensor,
     rows: _RowResults,
     own: slice,
 ) -> Tensor:
     """Fill in the results of rows `own`; returns the gradient of their losses [R, V], in the memory of the logits."""
     weights = {name: objective.weights.get(name, 0.0) for name in TERMS}
-    probs_RV, entropy_R1, log_probs_RV = target
     labels_R1 = labels_R.unsqueeze(1)
     max_logit_R1, drafts_R1 = logits_RV.max(dim=1, keepdim=True)
     rows.correct[own] = (drafts_R1 == labels_R1).squeeze(1)
@@ -303,41 +332,47 @@ def _row_losses(
         logits_RV.div_(objective.temperature)
         max_logit_R1 = max_logit_R1 / objective.temperature
     label_logit_R1 = logits_RV.gather(1, labels_R1)
-    expected_logit_R1 = torch.linalg.vecdot(probs_RV, logits_RV).unsqueeze(1)
-    log_ratio_RV = None if log_probs_RV is None else logits_RV - log_probs_RV
+    if target is not None:
+        expected_logit_R1 = torch.linalg.vecdot(target.probs_CV, logits_RV).unsqueeze(1)
+        log_ratio_RV = None if target.log_probs_CV is None else logits_RV - target.log_probs_CV
     q_RV = torch.softmax(logits_RV, dim=1, out=logits_RV)
     # The largest probability is exp(max - logsumexp): see `linear_cross_entropy`.
     logsumexp_R1 = max_logit_R1 - q_RV.amax(dim=1, keepdim=True).log_()
 
+    # Of every term d/dz: q - onehot for ce.
     ce_R1 = logsumexp_R1 - label_logit_R1
-    kl_R1 = logsumexp_R1 - expected_logit_R1 - entropy_R1
-    below_RV = torch.where(q_RV < probs_RV, q_RV, 0.0)
-    below_R1 = below_RV.sum(dim=1, keepdim=True)
-    overlap_R1 = torch.minimum(q_RV, probs_RV).sum(dim=1, keepdim=True)
-    blend_R1 = torch.exp(-LK_ETA * overlap_R1)
-    # No overlap at all is a matter of rounding; its logarithm would stop the training.
-    overlap_or_tiny_R1 = overlap_R1.clamp(min=torch.finfo(overlap_R1.dtype).tiny ** 0.5)
-    kl_weight_R1 = weights["kl"] + weights["lk"] * blend_R1
-    tv_weight_R1 = weights["tv"] + weights["lk"] * (1 - blend_R1)
-    loss_R1 = weights["ce"] * ce_R1 + kl_weight_R1 * kl_R1 + tv_weight_R1 * (1 - overlap_R1)
-    loss_R1 = loss_R1 - weights["nla"] * overlap_or_tiny_R1.log()
-    tv_weight_R1 = tv_weight_R1 + weights["nla"] / overlap_or_tiny_R1
+    loss_R1 = weights["ce"] * ce_R1
+    if target is None:
+        rows.overlaps[own] = 0.0
+        grad_RV = q_RV.mul_(weights["ce"])
+    else:
+        p_RV = target.probs_CV
+        kl_R1 = logsumexp_R1 - expected_logit_R1 - target.entropy_C1
+        below_RV = torch.where(q_RV < p_RV, q_RV, 0.0)
+        below_R1 = below_RV.sum(dim=1, keepdim=True)
+        overlap_R1 = torch.minimum(q_RV, p_RV).sum(dim=1, keepdim=True)
+        rows.overlaps[own] = overlap_R1.squeeze(1)
+        blend_R1 = torch.exp(-LK_ETA * overlap_R1)
+        # No overlap at all is a matter of rounding; its logarithm would stop the training.
+        overlap_or_tiny_R1 = overlap_R1.clamp(min=torch.finfo(overlap_R1.dtype).tiny ** 0.5)
+        kl_weight_R1 = weights["kl"] + weights["lk"] * blend_R1
+        tv_weight_R1 = weights["tv"] + weights["lk"] * (1 - blend_R1)
+        loss_R1 = loss_R1 + kl_weight_R1 * kl_R1 + tv_weight_R1 * (1 - overlap_R1)
+        loss_R1 = loss_R1 - weights["nla"] * overlap_or_tiny_R1.log()
+        tv_weight_R1 = tv_weight_R1 + weights["nla"] / overlap_or_tiny_R1
 
-    # d kl/dz = q - p, d ce/dz = q - onehot, d tv/dz = q (S - [q < p]) with S the sum of q over q < p.
-    q_weight_R1 = weights["ce"] + kl_weight_R1 + tv_weight_R1 * below_R1
-    reverse_RV = None
-    if log_ratio_RV is not None:
-        log_ratio_RV.sub_(logsumexp_R1)
-        rkl_R1 = torch.linalg.vecdot(q_RV, log_ratio_RV).unsqueeze(1)
-        loss_R1 = loss_R1 + weights["rkl"] * rkl_R1
-        # d rkl/dz = q (log(q/p) - rkl)
-        reverse_RV = log_ratio_RV.sub_(rkl_R1).mul_(q_RV).mul_(weights["rkl"])
-    grad_RV = q_RV.mul_(q_weight_R1).addcmul_(probs_RV, kl_weight_R1, value=-1.0)
-    grad_RV.addcmul_(below_RV, tv_weight_R1, value=-1.0)
-    if reverse_RV is not None:
-        grad_RV.add_(reverse_RV)
+        # q - p for kl; q (S - [q < p]) for tv, with S the sum of q over q < p; q (log(q/p) - rkl) for rkl.
+        reverse_RV = None
+        if log_ratio_RV is not None:
+            log_ratio_RV.sub_(logsumexp_R1)
+            rkl_R1 = torch.linalg.vecdot(q_RV, log_ratio_RV).unsqueeze(1)
+            loss_R1 = loss_R1 + weights["rkl"] * rkl_R1
+            reverse_RV = log_ratio_RV.sub_(rkl_R1).mul_(q_RV).mul_(weights["rkl"])
+        grad_RV = q_RV.mul_(weights["ce"] + kl_weight_R1 + tv_weight_R1 * below_R1)
+        grad_RV.addcmul_(p_RV, kl_weight_R1, value=-1.0).addcmul_(below_RV, tv_weight_R1, value=-1.0)
+        if reverse_RV is not None:
+            grad_RV.add_(reverse_RV)
     if weights["ce"]:
         grad_RV.scatter_add_(1, labels_R1, torch.full_like(label_logit_R1, -weights["ce"]))
     rows.losses[own], rows.cross_entropies[own] = loss_R1.squeeze(1), ce_R1.squeeze(1)
-    rows.overlaps[own] = overlap_R1.squeeze(1)
     return grad_RV.div_(objective.temperature) if objective.temperature != 1.0 else grad_RV
