@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from verl.workers.engine.base import EngineRegistry
 
-from verl_speculator.engine.megatron import MegatronEngineWithLMHeadAndSpeculator
+from verl_speculator.engine.megatron.engine import MegatronEngineWithLMHeadAndSpeculator
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.platforms import megatron_cpu
 

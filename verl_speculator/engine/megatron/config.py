@@ -1,4 +1,4 @@
-"""The typed engine section of the configuration for ``engine=megatron``. Checked on verl 0.9.1; imports no Megatron."""
+"""The typed engine section of the configuration for `engine=megatron`. Checked on verl 0.9.1; imports no Megatron."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from verl.workers.config import McoreEngineConfig
 
 @dataclass
 class SpeculatorMcoreEngineConfig(McoreEngineConfig):
-    """verl's Megatron configuration with ``model_dtype``, which means what it means with FSDP.
+    """verl's Megatron configuration with `model_dtype`, which means what it means with FSDP.
 
     Attributes:
-        model_dtype: the base's number type, ``bf16`` or ``fp32``; verl's ``dtype`` follows from it.
+        model_dtype: The base's number type, `bf16` or `fp32`; verl's `dtype` follows from it.
     """
 
     _mutable_fields = McoreEngineConfig._mutable_fields | {"dtype"}
