@@ -11,7 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from verl_speculator.errors import CheckpointError, MissingFileError
 from verl_speculator.evaluation.speculator_files import read_speculator_config
-from verl_speculator.models import ArcticLSTMSpeculator, MLPSpeculator, MLPSpeculatorConfig, Speculator, register_speculator
+from verl_speculator.models import (
+    ArcticLSTMSpeculator,
+    MLPSpeculator,
+    MLPSpeculatorConfig,
+    Speculator,
+    register_speculator,
+)
 
 CONFIG = MLPSpeculatorConfig(input_hidden_dim=18, vocab_size=37, n_predict=3, inner_dim=24)
 
