@@ -210,9 +210,8 @@ def recorded_calls(recorder: SpanRecorder, worker: Any) -> Iterator[None]:
     recorder.wrap(type(engine.module), "__call__", "backbone")
     recorder.wrap(type(engine.speculator_unit), "__call__", "objective")
     recorder.wrap(speculator, "begin", "states")
+    recorder.wrap(speculator, "embed", "states")
     recorder.wrap(speculator, "step", "states")
-    if hasattr(speculator, "embed"):
-        recorder.wrap(speculator, "embed", "states")
     recorder.wrap(torch.Tensor, "backward", "states")
     recorder.replace(objective, "linear_cross_entropy", _with_backward(recorder, objective.linear_cross_entropy))
     recorder.wrap(engine, "optimizer_step", "clipping")

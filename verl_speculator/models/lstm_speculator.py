@@ -193,7 +193,7 @@ class ArcticLSTMSpeculator(ChainSpeculator):
         """Each gate's part of `x` [..., gates, width] through its own bridge, where widths differ."""
         gates = self.emb_gates if name == "emb" else GATES
         bridges = [for_head(getattr(self, f"{gate}_{name}_bridge"), head_index) for gate in gates]
-        if len(bridges[0]) == 0:
+        if not list(bridges[0].children()):
             return x
         return torch.stack([bridge(part) for bridge, part in zip(bridges, x.unbind(-2), strict=True)], dim=-2)
 

@@ -99,7 +99,8 @@ class Speculator(nn.Module, ABC):
 
     def file_views(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors under this module's own names, as views under the names of files; tied copies are not made."""
-        fused, views = self.fused_tensors(), {}
+        fused = self.fused_tensors()
+        views: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
             names, dim = fused.get(name, Fused((name,), 0))
             views |= zip(names, tensor.chunk(len(names), dim), strict=True)

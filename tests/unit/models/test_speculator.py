@@ -183,9 +183,7 @@ def test_the_gates_of_an_lstm_are_one_product():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda *_: products.append(1))
     speculator(torch.randn(2, 5, 18), torch.randint(37, (2, 8)))
-    assert len(products) == 3, (
-        "one projection for each of three heads; the vocabulary matrix is used without its module"
-    )
+    assert len(products) == 3, "one for each head; the vocabulary matrix is used without its module"
 
 
 def test_mlp_initialisation_uses_the_inner_width():
