@@ -86,9 +86,11 @@ def speculator_loss(
     ]
     more_sums = {}
     if objective.needs_target or head_loss_weights == "adaptive":
-        if objective.needs_target and packed.lm_head_weight is None:
-            raise DataError("an objective against the target's distribution needs lm_head_weight in the batch.")
-        target_head = TargetHead(packed.lm_head_weight) if objective.needs_target else None
+        target_head = None
+        if objective.needs_target:
+            if packed.lm_head_weight is None:
+                raise DataError("an objective against the target's distribution needs lm_head_weight in the batch.")
+            target_head = TargetHead(packed.lm_head_weight)
         target_states = _select(packed.hidden_states.detach(), rows.trained_positions[0] + 1)
         result = soft_target_loss(heads, target_states, target_head, objective, chunk_size=chunk_size)
         loss, row_losses, correct = result.loss, result.row_losses, result.correct

@@ -60,7 +60,7 @@ class Objective:
             if name not in TERMS:
                 near = nearest_name(name, TERMS, cutoff=0.5)
                 raise ConfigError(
-                    f"objective: {name!r} is none" + (f"; did you mean {near}?" if near else f" of {', '.join(TERMS)}")
+                    f"objective: {name!r} is none of {', '.join(TERMS)}" + (f"; did you mean {near}?" if near else "")
                 )
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
                 raise ConfigError(f"objective: the weight of {name} must be 0 or a positive number, got {weight!r}")
