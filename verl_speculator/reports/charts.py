@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.artist import Artist
@@ -36,7 +37,7 @@ _VARIABLES |= {f"c{index}": f"var(--s{index})" for index in range(NUM_COLOURS)} 
 _COLOURS = {name: f"#0000{number:02x}" for number, name in enumerate(_VARIABLES, start=1)}
 _DASHES = ("", "7 4", "2 4", "9 3 2 3", "4 2", "12 5")
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a folder may have dollars in its name
     "font.size": 12.5,
@@ -136,7 +137,7 @@ def range_chart(
             _draw_range(chart, axes, row, index, write)
         low, high = axes.get_xlim()
         side = "left" if reference < (low + high) / 2 else "right"
-        above = {"xycoords": ("data", "axes fraction"), "xytext": (0, 5), "textcoords": "offset points"}
+        above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 5), "textcoords": "offset points"}
         axes.annotate(visible(reference_label), (reference, 1), ha=side, color=_COLOURS["soft"], **above)
     return chart.svg()
 
@@ -144,20 +145,20 @@ def range_chart(
 def _draw_range(chart: _Chart, axes: Axes, row: RangeRow, index: int, write: Format) -> None:
     colour, y = _COLOURS[row.series.style], index + 0.2
     said = shown = f"{write(row.value)} ({write(row.low)} to {write(row.high)})"
-    marks: list[Artist] = axes.plot([row.low, row.high], [y, y], color=colour, linewidth=5, alpha=0.45)
+    marks: list[Artist] = [*axes.plot([row.low, row.high], [y, y], color=colour, linewidth=5, alpha=0.45)]
     if row.predicted is not None:
         predicted = f", predicted {write(row.predicted)}"
         said, shown = said + predicted, write(row.value) + predicted
-        card = _COLOURS["card"]
-        marks.append(axes.scatter(row.predicted, y, 90, card, "D", linewidths=2, edgecolors=colour, zorder=3))
+        hollow: dict[str, Any] = {"color": _COLOURS["card"], "edgecolors": colour, "linewidths": 2}
+        marks.append(axes.scatter(row.predicted, y, 90, marker="D", zorder=3, **hollow))
     marks.append(axes.scatter(row.value, y, 110, colour, linewidths=0, zorder=4))
     for mark in marks:
         chart.say(mark, f"{row.series.name}: {said}")
     # The end of a long name is what tells it from others.
     room = int((WIDTH - 44 - _CHARACTER * len(shown)) / (_CHARACTER + 1))
     name = row.series.name if len(row.series.name) <= room else "…" + row.series.name[1 - room :]
-    text = {"xycoords": ("axes fraction", "data"), "va": "center", "weight": "bold"}
-    axes.annotate(visible(name), (0, index - 0.2), ha="left", size=13.5, **text)
+    text: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "va": "center", "weight": "bold"}
+    axes.annotate(visible(name), (0.01, index - 0.2), ha="left", size=13.5, **text)
     axes.annotate(shown, (1, index - 0.2), ha="right", size=11.5, **text)
 
 
@@ -222,7 +223,7 @@ class _Chart:
         self._drawn = io.BytesIO()
 
     @contextmanager
-    def axes(self, x_label: str, y_label: str = "", *, grid: str = "y") -> Iterator[Axes]:
+    def axes(self, x_label: str, y_label: str = "", *, grid: Literal["x", "y"] = "y") -> Iterator[Axes]:
         with matplotlib.rc_context(_STYLE):
             axes = self._figure.add_subplot(xlabel=visible(x_label), ylabel=visible(y_label))
             axes.grid(axis=grid)
@@ -258,7 +259,7 @@ class _Chart:
         style = re.sub(r"font-family: [^;]*;?", "", values.get("style", ""))
         for name, colour in _COLOURS.items():
             style = style.replace(colour, _VARIABLES[name])
-        kept = {name: _tenths(values[name]) for name in ("d", "x", "y", "transform") if name in values}
+        kept: dict[str, str] = {name: _tenths(values[name]) for name in ("d", "x", "y", "transform") if name in values}
         if tag == "use":  # a mark whose shape stands elsewhere
             shape = _tenths(shapes[values[_LINK].removeprefix("#")])
             tag, kept = "path", {"d": shape, "transform": f"translate({kept['x']} {kept['y']})"}
@@ -282,5 +283,5 @@ def _set_ticks(axis: Axis, write: Format, *, whole: bool = False) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
 
 
-def _reference_line() -> dict[str, object]:
+def _reference_line() -> dict[str, Any]:
     return {"color": _COLOURS["soft"], "linewidth": 1.2, "linestyle": (0, (3.0, 3.0))}
