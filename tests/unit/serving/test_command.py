@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.unit.serving.conftest import HIDDEN, VOCAB
-from verl_speculator.errors import CheckpointError
 from verl_speculator.serving import command, preflight
 
 
@@ -133,10 +133,22 @@ def test_export_says_what_it_wrote(make_speculator, tmp_path, capsys) -> None:
     assert "exists already" in capsys.readouterr().err
 
 
-def test_a_base_with_a_broken_config_ends_in_one_sentence(tmp_path) -> None:
+def test_a_base_with_a_broken_config_ends_in_one_sentence(engine, make_speculator, tmp_path, capsys) -> None:
+    _, folder = make_speculator("mlp")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json is not readable JSON"):
-        preflight.base_sizes(str(tmp_path))
-    (tmp_path / "config.json").write_text('{"text_config": {"hidden_size": 8, "vocab_size": 16}}')
-    assert preflight.base_sizes(str(tmp_path)) == (8, 16)
-    assert preflight.base_sizes(str(tmp_path / "owner" / "hub-name")) is None
+    assert call("serve", str(tmp_path), "--speculator", str(folder), "--print-command") == 2
+    assert re.fullmatch(r"error: BASE: '.*config\.json' is not valid JSON \(.*\)\n", capsys.readouterr().err)
+
+
+def test_a_base_of_another_size_is_found_in_its_text_model_too(engine, make_speculator, tmp_path, capsys) -> None:
+    _, folder = make_speculator("mlp")
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": HIDDEN, "vocab_size": VOCAB + 1}}))
+    assert call("serve", str(tmp_path), "--speculator", str(folder), "--print-command") == 2
+    assert f"the base model has {VOCAB + 1}" in capsys.readouterr().err
+
+
+def test_a_base_whose_sizes_only_vllm_knows_is_served(engine, make_speculator, tmp_path) -> None:
+    _, folder = make_speculator("mlp")
+    (tmp_path / "config.json").write_text('{"hidden_size": "8"}')
+    for base in (str(tmp_path), "owner/hub-name"):
+        assert call("serve", base, "--speculator", str(folder), "--print-command") == 0

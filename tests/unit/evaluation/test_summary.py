@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from verl_speculator.evaluation.statistics import paired_speedup, repeated_share
+from verl_speculator.evaluation.summary import paired_speedup, repeated_share
 
 
 def test_repeated_share_counts_what_an_output_has_had_before() -> None:
