@@ -83,7 +83,7 @@ def regenerate_answers(
     unfinished is gone on with; what one with others left is made anew. `report` is called with the chats done and all.
 
     Raises:
-        DataError: a row that is not a list of messages, or has nothing to answer.
+        DataError: A row that is not a list of messages, or has nothing to answer.
     """
     read = read_chats([str(file) for file in files], settings.messages_key, limit)
     chats = [_without_answers(row, chat) for row, chat in enumerate(read)]
