@@ -98,8 +98,8 @@ class Training:
         from verl.workers.config import TrainingWorkerConfig
 
         from verl_speculator.engine.model_config import MODEL_TYPE
-        from verl_speculator.trainer.configuration import load_config
-        from verl_speculator.trainer.devices import apply_device
+        from verl_speculator.trainer.config.compose import load_config
+        from verl_speculator.trainer.config.devices import apply_device
         from verl_speculator.trainer.sft_trainer import base_loss
         from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 

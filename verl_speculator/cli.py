@@ -92,7 +92,7 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     from omegaconf import OmegaConf
 
     from verl_speculator.errors import SpeculatorError
-    from verl_speculator.trainer.configuration import load_config
+    from verl_speculator.trainer.config.compose import load_config
     from verl_speculator.trainer.launch import launch
 
     # As under torchrun: an adapter in the current folder can be named.

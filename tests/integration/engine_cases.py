@@ -26,8 +26,8 @@ from verl_speculator.engine.hidden_states import gather_sequence, share_of_targe
 from verl_speculator.engine.metric_sums import SUMS_KEY
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.platforms import cpu, megatron_cpu
-from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.devices import apply_device
+from verl_speculator.trainer.config.compose import load_config
+from verl_speculator.trainer.config.devices import apply_device
 from verl_speculator.trainer.sft_trainer import base_loss
 from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 

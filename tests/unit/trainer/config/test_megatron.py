@@ -19,10 +19,10 @@ from verl_speculator.base_model.files import BaseSizes
 from verl_speculator.checkpoint import layout
 from verl_speculator.errors import ConfigError
 from verl_speculator.trainer import launch
-from verl_speculator.trainer.configuration import load_config
+from verl_speculator.trainer.config.compose import load_config
+from verl_speculator.trainer.config.megatron import check_layout
+from verl_speculator.trainer.config.preflight import check_run
 from verl_speculator.trainer.entry import run_trainer
-from verl_speculator.trainer.megatron_layout import check_layout
-from verl_speculator.trainer.preflight import check_run
 
 MEGATRON = ["engine=megatron", "optim=megatron"]
 INSTALL = "pip install 'verl_speculator[megatron]'"
@@ -245,8 +245,9 @@ def test_layers_on_pipeline_stages(stages, overrides, fits) -> None:
     assert fits or f"{PP}={stages}" in message
 
 
-def test_a_stage_has_a_positive_number_of_layers() -> None:
-    assert "num_layers_in_first_pipeline_stage must be a positive integer" in layout_of(f"{PP}=2", *layers(first=0))
+def test_a_stage_has_a_positive_number_of_layers(refused) -> None:
+    message = refused(f"{PP}=2", *layers(first=0))
+    assert "num_layers_in_first_pipeline_stage must be null or a positive integer" in message
 
 
 def test_the_layout_is_checked_with_what_config_json_says(refused, check, base_model, tmp_path) -> None:
@@ -272,9 +273,9 @@ def test_the_layout_is_checked_with_what_config_json_says(refused, check, base_m
     ("override", "reason"),
     [
         (f"{TP}=0", "must be a positive integer"),
-        ("engine.strategy=fsdp2", "engine.strategy=fsdp2 cannot work: it must be megatron with engine=megatron"),
-        ("engine.dtype=float16", "be left alone: set engine.model_dtype=bf16 or fp32"),
-        ("engine.dtype=float32", "be left alone: set engine.model_dtype=bf16 or fp32"),
+        ("engine.strategy=fsdp2", "engine.strategy must be megatron, got 'fsdp2': leave it out"),
+        ("engine.dtype=float16", ": set engine.model_dtype=bf16 or fp32 instead"),
+        ("engine.dtype=float32", ": set engine.model_dtype=bf16 or fp32 instead"),
         ("engine.model_dtype=fp16", "must be null, bf16 or fp32"),
         ("+engine.override_transformer_config.fp16=true", "float16 is not supported"),
         ("engine.vanilla_mbridge=maybe", "must be null, true or false"),

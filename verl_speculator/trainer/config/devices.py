@@ -8,15 +8,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.utils.device import get_device_name
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.trainer.megatron_packages import has_megatron_bridge
-from verl_speculator.trainer.parallelism import engine_name
-from verl_speculator.trainer.values import refuse_on_cpu
+from verl_speculator.trainer.config.compose import engine_name
+from verl_speculator.trainer.config.megatron import has_megatron_bridge
+from verl_speculator.trainer.config.rules import refuse_on_cpu
 
 
 def apply_device(config: DictConfig) -> None:
     """Fill in device, number types and attention for the device that verl has detected.
 
-    :raises ConfigError: a setting that this device cannot run
+    Raises:
+        ConfigError: a setting that this device cannot run.
     """
     device = get_device_name()
     if config.trainer.device not in (None, device):
@@ -27,6 +28,7 @@ def apply_device(config: DictConfig) -> None:
     attention = OmegaConf.select(config, "model.override_config.attn_implementation")
     if attention is None and (on_cpu or importlib.util.find_spec("flash_attn") is None):
         attention = "sdpa"
+    engine = config.engine
     with open_dict(config):
         config.trainer.device = device
         if attention is not None:
@@ -35,27 +37,19 @@ def apply_device(config: DictConfig) -> None:
             # Nothing to measure on: the device's memory is for something else.
             config.model.measure_sampled_acceptance = False
         if engine_name(config) == "megatron":
-            _fill_in_megatron(config.engine, on_cpu)
-        else:
-            _fill_in_fsdp(config, on_cpu)
-    if config.engine.get("ulysses_sequence_parallel_size", 1) > 1 and attention not in (None, "flash_attention_2"):
+            if engine.model_dtype is None:
+                # In joint training too: Megatron's optimizer has float32 weights of its own.
+                engine.model_dtype = "fp32" if on_cpu else "bf16"
+            if engine.vanilla_mbridge is None:
+                engine.vanilla_mbridge = on_cpu or not has_megatron_bridge()
+            return
+        if on_cpu and engine.get("mixed_precision") is None:
+            engine.mixed_precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+        if engine.model_dtype is None:
+            # What trains keeps float32 weights, or small updates would be rounded away.
+            engine.model_dtype = "bf16" if config.model.freeze_base_model and not on_cpu else "fp32"
+    if engine.ulysses_sequence_parallel_size > 1 and attention not in (None, "flash_attention_2"):
         raise ConfigError(
             "engine.ulysses_sequence_parallel_size above 1 needs flash attention: "
             f"verl's sequence parallelism does not reach into {attention}"
         )
-
-
-def _fill_in_fsdp(config: DictConfig, on_cpu: bool) -> None:
-    engine = config.engine
-    if on_cpu and engine.get("mixed_precision") is None:
-        engine.mixed_precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    if engine.model_dtype is None:
-        engine.model_dtype = "bf16" if config.model.freeze_base_model and not on_cpu else "fp32"
-
-
-def _fill_in_megatron(engine: DictConfig, on_cpu: bool) -> None:
-    if engine.model_dtype is None:
-        # In joint training too: Megatron's optimizer has float32 weights of its own.
-        engine.model_dtype = "fp32" if on_cpu else "bf16"
-    if engine.vanilla_mbridge is None:
-        engine.vanilla_mbridge = on_cpu or not has_megatron_bridge()

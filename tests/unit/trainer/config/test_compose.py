@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 from verl_speculator.adapters.settings import SHARED_DEFAULTS
 from verl_speculator.errors import ConfigError
-from verl_speculator.trainer import configuration
-from verl_speculator.trainer.configuration import load_config
+from verl_speculator.trainer.config import compose
+from verl_speculator.trainer.config.compose import load_config
 
 GUIDE = {
     "model.speculator.n_predict": 5,
@@ -147,8 +147,8 @@ def test_interpolations(monkeypatch) -> None:
 
 def test_verl_may_lie_in_a_folder_of_any_name(tmp_path, monkeypatch) -> None:
     copy = tmp_path / "it's a = b" / "config"
-    shutil.copytree(configuration._verl_config_dir(), copy, ignore=shutil.ignore_patterns("*.py", "_generated*"))
-    monkeypatch.setattr(configuration, "_verl_config_dir", lambda: copy)
+    shutil.copytree(compose._verl_config_dir(), copy, ignore=shutil.ignore_patterns("*.py", "_generated*"))
+    monkeypatch.setattr(compose, "_verl_config_dir", lambda: copy)
     assert load_config(["optim.lr=3e-4"]).optim.lr == 3e-4
 
 

@@ -4,9 +4,9 @@ import pytest
 
 from verl_speculator.errors import ConfigError
 from verl_speculator.platforms import cpu
-from verl_speculator.trainer import devices
-from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.devices import apply_device
+from verl_speculator.trainer.config import devices
+from verl_speculator.trainer.config.compose import load_config
+from verl_speculator.trainer.config.devices import apply_device
 
 on_cpu = pytest.mark.skipif(not cpu.is_active(), reason="this machine has an accelerator")
 

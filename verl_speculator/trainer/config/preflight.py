@@ -14,28 +14,33 @@ from verl_speculator.base_model.files import BaseSizes, check_base_files
 from verl_speculator.checkpoint.layout import check_intact, find_resume_path
 from verl_speculator.data.chats import check_chat_file, check_file, resolve_files
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
-from verl_speculator.trainer.megatron_layout import check_layout
-from verl_speculator.trainer.megatron_packages import check_packages
-from verl_speculator.trainer.parallelism import engine_name
+from verl_speculator.trainer.config.compose import engine_name
+from verl_speculator.trainer.config.megatron import check_layout, check_packages
+from verl_speculator.trainer.config.rules import check_values
 from verl_speculator.trainer.resuming import check_same_run
-from verl_speculator.trainer.values import check_values
 
 
 def check_run(
     config: DictConfig, world_size: int, *, read_weights: bool = True, workers_elsewhere: bool = False
 ) -> None:
-    """Raise a :class:`SpeculatorError` with one sentence for the first thing that cannot work.
+    """Find the first thing that cannot work.
 
-    :param world_size: processes of the run; each trains on one device
-    :param read_weights: also read the speculator to start from and the checkpoint to resume from, to find out whether
-        they are whole
-    :param workers_elsewhere: this process drives workers on other machines, which have packages of their own
+    Args:
+        config: the run's configuration.
+        world_size: processes of the run; each trains on one device.
+        read_weights: also read the speculator to start from and the checkpoint to resume from, to find out whether
+            they are whole.
+        workers_elsewhere: this process drives workers on other machines, which have packages of their own.
+
+    Raises:
+        SpeculatorError: one sentence that names the key or the file, and what would be right.
     """
     check_values(config, world_size)
     on_megatron = engine_name(config) == "megatron"
     if on_megatron and not workers_elsewhere:
         check_packages(config.engine)
-    adapter = build_speculator_adapter(_plain(config.model.speculator_adapter), _plain(config.model.speculator))
+    model: Any = OmegaConf.to_container(config.model)
+    adapter = build_speculator_adapter(model["speculator_adapter"], model["speculator"])
     _check_data(config)
     sizes = check_base_files(
         str(config.model.path),
@@ -48,15 +53,14 @@ def check_run(
         check_layout(config.engine, sizes)
     if config.model.speculator_path is not None and read_weights:
         _check_speculator(adapter, str(config.model.speculator_path), sizes, "model.speculator_path")
-    resume_from = _check_output(config)
+    _check_output(Path(config.trainer.default_local_dir))
+    resume_from = find_resume_path(
+        config.trainer.default_local_dir, config.trainer.resume_mode, config.trainer.resume_from_path
+    )
     if resume_from is not None and read_weights:
         check_intact(resume_from)
         check_same_run(config, resume_from)
         _check_speculator(adapter, str(resume_from), sizes, "trainer.resume_mode")
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _check_data(config: DictConfig) -> None:
@@ -98,9 +102,7 @@ def _check_speculator(adapter: SpeculatorAdapter, path: str, sizes: BaseSizes | 
         speculator.config.check_fits_base(sizes.hidden_size, sizes.vocab_size, f"{key}: the speculator in {path!r}")
 
 
-def _check_output(config: DictConfig) -> Path | None:
-    """Raise if the run cannot write its checkpoints; the checkpoint from which it will resume, if any."""
-    root = Path(config.trainer.default_local_dir)
+def _check_output(root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
@@ -110,4 +112,3 @@ def _check_output(config: DictConfig) -> Path | None:
             f"trainer.default_local_dir: cannot write to {str(root)!r} ({error.strerror}); "
             "give a folder in which files can be made"
         ) from error
-    return find_resume_path(root, config.trainer.resume_mode, config.trainer.resume_from_path)

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from verl_speculator.adapters import MLPSpeculatorAdapter
 from verl_speculator.checkpoint import layout
 from verl_speculator.errors import CheckpointError, ConfigError, DataError, MissingFileError, SpeculatorError
-from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.preflight import check_run
+from verl_speculator.trainer.config.compose import load_config
+from verl_speculator.trainer.config.preflight import check_run
 
 ADAPTER_FILE = """
 from verl_speculator.adapters import MLPSpeculatorAdapter, SpeculatorAdapter

@@ -6,9 +6,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.engine_keys import OtherEngine
-from verl_speculator.trainer.overrides import check_overrides, chosen_engine, known_keys, only_in, parse_overrides
+from verl_speculator.trainer.config.compose import (
+    check_overrides,
+    chosen_engine,
+    known_keys,
+    load_config,
+    parse_override,
+)
 
 ON_MEGATRON = ["engine=megatron", "optim=megatron"]
 
@@ -23,9 +27,7 @@ def check(keys):
     """Checks overrides of a run with FSDP, or with another engine."""
 
     def run(*overrides: str, engine: str = "fsdp") -> None:
-        (other,) = set(keys) - {engine}
-        others = OtherEngine(other, lambda: only_in(other, keys[other], keys[engine]))
-        check_overrides(parse_overrides(overrides), keys[engine], others)
+        check_overrides(list(map(parse_override, overrides)), engine, keys.__getitem__)
 
     return run
 
@@ -111,7 +113,7 @@ def test_wrong_engine(refused, override) -> None:
     [([], "fsdp"), (["engine=fsdp"], "fsdp"), (["optim=fsdp", "engine.seed=1"], "fsdp"), (ON_MEGATRON, "megatron")],
 )
 def test_the_engine_is_the_one_that_both_groups_name(groups, engine) -> None:
-    assert chosen_engine(parse_overrides(groups)) == engine
+    assert chosen_engine(list(map(parse_override, groups))) == engine
 
 
 @pytest.mark.parametrize(
@@ -235,19 +237,19 @@ def test_sweep(refused) -> None:
     "value", ["~/data/x.parquet", "/a=b/c d.parquet", "/è.parquet", "/it's.parquet", "/x(1).parquet"]
 )
 def test_value_that_is_no_hydra_expression_is_taken_as_typed(value) -> None:
-    assert parse_overrides([f"data.train_files={value}"])[0].value() == value
+    assert parse_override(f"data.train_files={value}").value() == value
 
 
 @pytest.mark.parametrize("plus", ["", "+", "++"])
 @pytest.mark.parametrize("value", ["1024.2048", "1024.2050", "8.16.32"])
 def test_dotted_width_is_a_string(plus, value) -> None:
     for typed in (value, f'"{value}"', f"'{value}'"):
-        assert parse_overrides([f"{plus}model.speculator.inner_dim={typed}"])[0].value() == value
+        assert parse_override(f"{plus}model.speculator.inner_dim={typed}").value() == value
 
 
 def test_other_numbers_stay_numbers() -> None:
-    assert parse_overrides(["optim.lr=0.10"])[0].value() == 0.1
-    assert parse_overrides(["model.speculator.inner_dim=512"])[0].value() == 512
+    assert parse_override("optim.lr=0.10").value() == 0.1
+    assert parse_override("model.speculator.inner_dim=512").value() == 512
 
 
 def test_dictionary_values_are_looked_into(refused) -> None:
@@ -257,4 +259,4 @@ def test_dictionary_values_are_looked_into(refused) -> None:
 
 def test_interpolations_are_no_sections() -> None:
     config = OmegaConf.create({"a": {"b": 1}, "c": "${a}"})
-    check_overrides(parse_overrides(["c=1", "a.b=2"]), known_keys(config), OtherEngine("megatron", list))
+    check_overrides([parse_override("c=1"), parse_override("a.b=2")], "fsdp", lambda engine: known_keys(config))
