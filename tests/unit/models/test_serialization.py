@@ -10,7 +10,8 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from verl_speculator.errors import CheckpointError, MissingFileError
-from verl_speculator.evaluation.speculator_files import read_speculator_config
+from verl_speculator.evaluation.preflight import read_speculator_configs
+from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings
 from verl_speculator.models import (
     ArcticLSTMSpeculator,
     MLPSpeculator,
@@ -76,10 +77,11 @@ def test_sharded_weights(sharded):
 
 def test_sharded_weights_can_be_evaluated(sharded):
     folder, _ = sharded
-    assert read_speculator_config(folder) == CONFIG
+    given = EvaluationInput("base", (folder,), ()), EvaluationSettings(), None
+    assert read_speculator_configs(*given) == [CONFIG]
     next(folder.glob("*.index.json")).unlink()
     with pytest.raises(MissingFileError, match="holds no weights"):
-        read_speculator_config(folder)
+        read_speculator_configs(*given)
 
 
 def test_broken_shards(sharded):

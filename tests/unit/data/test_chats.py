@@ -7,11 +7,21 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from verl_speculator.data.chat_parquet import check_chat_file, resolve_files
+from verl_speculator.data.chats import check_chat_file, read_chats, resolve_files
 from verl_speculator.errors import ConfigError, DataError, MissingFileError
 
 KEY = "data.train_files"
-CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+USER = {"role": "user", "content": "w1 w2"}
+ANSWER = {"role": "assistant", "content": "w3"}
+
+
+@pytest.fixture
+def chats(tmp_path):
+    def write(*rows, name="chats.parquet"):
+        pq.write_table(pa.table({"messages": list(rows)}), tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
 
 
 @pytest.mark.parametrize("value", ["a.parquet", ["a.parquet"], OmegaConf.create(["a.parquet"])])
@@ -80,3 +90,48 @@ def test_damaged_in_the_middle(chat_data, tmp_path) -> None:
     (tmp_path / "bad.parquet").write_bytes(whole[:4] + b"\xff" * 400 + whole[404:])
     with pytest.raises(DataError, match="is not a readable parquet file"):
         check_chat_file(str(tmp_path / "bad.parquet"), "messages", KEY)
+
+
+def test_last_answer_is_dropped_and_kept_as_the_reference(chats) -> None:
+    first, second, third = read_chats(
+        [chats([USER, ANSWER], [USER, ANSWER, USER], [USER, ANSWER, USER, ANSWER])], "messages", None
+    )
+    assert (first.asked, first.answer) == ([USER], ANSWER)
+    assert (second.asked, second.answer) == ([USER, ANSWER, USER], None)
+    assert (third.asked, third.answer) == ([USER, ANSWER, USER], ANSWER)
+    assert third.row == 2
+    assert third.request == "w1 w2"
+
+
+def test_limit_takes_the_first_rows_over_all_files(chats) -> None:
+    files = [chats([USER], [USER], name="a.parquet"), chats([USER, ANSWER], name="b.parquet")]
+    assert [chat.row for chat in read_chats(files, "messages", None)] == [0, 1, 0]
+    assert [chat.file for chat in read_chats(files, "messages", 2)] == [files[0]] * 2
+
+
+@pytest.mark.parametrize("row", [[], [ANSWER], [{"role": "user", "content": None}]])
+def test_row_with_nothing_to_answer_is_named(chats, row) -> None:
+    file = chats([USER], row)
+    with pytest.raises(DataError, match=r"row 1, has nothing to answer"):
+        read_chats([file], "messages")
+
+
+def test_an_earlier_answer_may_be_a_call_of_a_tool(chats) -> None:
+    call = {"role": "assistant", "tool_calls": "search"}
+    (chat,) = read_chats([chats([USER, call, USER])], "messages")
+    assert (chat.asked, chat.answer) == ([USER, call, USER], None)
+
+
+@pytest.mark.parametrize("row", [None, [None], ["hello"]])
+def test_row_that_is_no_list_of_messages_is_named(chats, row) -> None:
+    file = chats(["hello"] if row == ["hello"] else [USER], row, name="other.parquet")
+    reads = "row 0" if row == ["hello"] else "row 1"
+    with pytest.raises(DataError, match=rf"^--data: .*other\.parquet', {reads}, is not a list of messages"):
+        read_chats([file], "messages")
+
+
+def test_files_without_a_chat(chats) -> None:
+    file = str(chats([USER]))
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+    with pytest.raises(DataError, match=r"^data\.x: .* holds no chat"):
+        read_chats([file], "messages", key="data.x")
