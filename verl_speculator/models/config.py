@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any, ClassVar, TypeVar
 
 from verl_speculator.errors import ConfigError, nearest_name
@@ -13,6 +14,12 @@ from verl_speculator.errors import ConfigError, nearest_name
 ConfigT = TypeVar("ConfigT", bound="SpeculatorConfig")
 
 TORCH_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+# Far above any speculator. Beyond them building one takes minutes, or more memory than there is.
+MAX_HEADS = 256
+MAX_WIDTH = 2**20
+MAX_LAYERS = 16
+MAX_VOCAB_SIZE = 2**24
 
 _CONFIG_CLASSES: dict[str, type[SpeculatorConfig]] = {}
 
@@ -29,28 +36,32 @@ def parse_width(value: object, name: str) -> tuple[int, ...]:
             f'{name} must be an integer or a quoted string such as "1024.2048", not the number {value!r}.'
         )
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    if isinstance(text, str) and re.fullmatch(r"[0-9]+(\.[0-9]+)*", text):
+    # Seven digits at most: MAX_WIDTH has so many, and Python refuses to read numbers of thousands.
+    if isinstance(text, str) and re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,7})*", text) and text.count(".") < MAX_LAYERS:
         widths = tuple(int(width) for width in text.split("."))
-        if all(width > 0 for width in widths):
+        if all(0 < width <= MAX_WIDTH for width in widths):
             return widths
     raise ConfigError(
-        f'{name} must be a positive integer or positive integers joined by dots such as "1024.2048", not {value!r}.'
+        f"{name} must be a positive integer of at most {MAX_WIDTH}, or up to {MAX_LAYERS} of them joined by dots such "
+        f'as "1024.2048", not {short(value)}.'
     )
 
 
-def require_positive_int(value: object, name: str) -> None:
+def require_positive_int(value: object, name: str, most: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a positive integer, not {value!r}.")
+        raise ConfigError(f"{name} must be a positive integer, not {short(value)}.")
+    if value > most:
+        raise ConfigError(f"{name} must be at most {most}, not {short(value)}.")
 
 
 def require_bool(value: object, name: str) -> None:
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, not {value!r}.")
+        raise ConfigError(f"{name} must be true or false, not {short(value)}.")
 
 
 def require_one_of(value: object, choices: tuple[str, ...], name: str) -> None:
     if value not in choices:
-        raise ConfigError(f"{name} must be {' or '.join(repr(choice) for choice in choices)}, not {value!r}.")
+        raise ConfigError(f"{name} must be {' or '.join(repr(choice) for choice in choices)}, not {short(value)}.")
 
 
 @dataclass(kw_only=True)
@@ -87,14 +98,15 @@ class SpeculatorConfig:
     def validate(self) -> None:
         if not isinstance(self.base_model_name_or_path, str):
             raise ConfigError(
-                f"base_model_name_or_path must be a model name or a path, not {self.base_model_name_or_path!r}."
+                f"base_model_name_or_path must be a model name or a path, not {short(self.base_model_name_or_path)}."
             )
-        for name in ("input_hidden_dim", "vocab_size", "n_predict"):
-            require_positive_int(getattr(self, name), name)
+        bounds = {"input_hidden_dim": MAX_WIDTH, "vocab_size": MAX_VOCAB_SIZE, "n_predict": MAX_HEADS}
+        for name, most in bounds.items():
+            require_positive_int(getattr(self, name), name, most)
         require_one_of(self.torch_dtype, TORCH_DTYPES, "torch_dtype")
         archs = self.base_model_archs
         if archs is not None and not (isinstance(archs, list) and all(isinstance(arch, str) for arch in archs)):
-            raise ConfigError(f"base_model_archs must be a list of architecture names, not {archs!r}.")
+            raise ConfigError(f"base_model_archs must be a list of architecture names, not {short(archs)}.")
 
     def check_fits_base(self, hidden_size: int, vocab_size: int, speculator: str = "the speculator") -> None:
         """Refuse a base model that this speculator was not trained on, as far as sizes can tell.
@@ -163,11 +175,11 @@ class SpeculatorConfig:
         if names is None and cls is not SpeculatorConfig:
             return cls
         known = ", ".join(sorted(_CONFIG_CLASSES))
-        if not isinstance(names, list | tuple) or len(names) != 1 or names[0] not in _CONFIG_CLASSES:
-            raise ConfigError(f"architectures must hold one of {known}, not {architectures!r}.")
+        if not isinstance(names, list | tuple) or len(names) != 1 or names[0] not in [*_CONFIG_CLASSES]:
+            raise ConfigError(f"architectures must hold one of {known}, not {short(architectures)}.")
         found = _CONFIG_CLASSES[names[0]]
         if not issubclass(found, cls):
-            raise ConfigError(f"architectures must hold {' or '.join(cls.architectures)}, not {names[0]!r}.")
+            raise ConfigError(f"architectures must hold {' or '.join(cls.architectures)}, not {short(names[0])}.")
         return found
 
     @classmethod

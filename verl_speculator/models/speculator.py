@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -113,35 +114,53 @@ class Speculator(nn.Module, ABC):
             CheckpointError: Tensors are missing, unexpected, of the wrong shape, or tied copies differ.
         """
         ignored = self.file_only_tensors()
-        named = {name: tensor for name, tensor in serialization.strip_prefix(tensors).items() if name not in ignored}
-        expected = {name: tuple(view.shape) for name, view in self.file_views(self.state_dict()).items()}
-        own = serialization.merge_tied_copies(named, expected, self.tied_copies(), source)
+        named = serialization.strip_prefix(tensors, source)
+        named = {name: tensor for name, tensor in named.items() if name not in ignored}
+        own = serialization.merge_tied_copies(named, self.file_views(self.state_dict()), self.tied_copies(), source)
         for name, (pieces, dim) in self.fused_tensors().items():
             own[name] = torch.cat([own.pop(piece) for piece in pieces], dim)
         return own
 
-    def export_state_dict(self, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """This module's tensors under the file format's names: on the CPU, every tied copy with its own memory.
+    def export_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor] | None = None, *, dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """This module's tensors under the file format's names, on the CPU. Tied copies share their memory.
 
-        `state_dict` stands in for the module's own where its parameters are sharded: full tensors, same names.
+        Args:
+            state_dict: Stands in for the module's own where its parameters are sharded: full tensors, same names.
+            dtype: The type of floating-point tensors; None keeps theirs.
 
         Raises:
             CheckpointError: A tensor is sharded or has no data.
         """
         views = self.file_views(self.state_dict() if state_dict is None else state_dict)
-        exported = serialization.expand_tied_copies(serialization.plain_tensors(views), self.tied_copies())
-        dtype = next(iter(exported.values())).dtype
-        unused = {name: torch.zeros(shape, dtype=dtype) for name, shape in self.file_only_tensors().items()}
-        return exported | unused
+        exported = serialization.plain_tensors(views, dtype)
+        file_dtype = next(iter(exported.values())).dtype
+        unused = {name: torch.zeros(shape, dtype=file_dtype) for name, shape in self.file_only_tensors().items()}
+        copies = serialization.copy_names(exported, self.tied_copies())
+        return exported | {copy: exported[shared] for copy, shared in copies.items()} | unused
 
     def save_pretrained(
-        self, path: str | os.PathLike[str], *, state_dict: Mapping[str, torch.Tensor] | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+        pytorch_bin: bool = True,
     ) -> None:
         """Write `config.json`, `model.safetensors` and `pytorch_model.bin` to the folder `path`.
 
-        `state_dict` is as in `export_state_dict`.
+        Every weight is written once to each: `pytorch_model.bin` has the tied copies too, in the same memory, and
+        `model.safetensors` leaves them out.
+
+        Args:
+            state_dict: As in `export_state_dict`.
+            dtype: As in `export_state_dict`.
+            pytorch_bin: False leaves out `pytorch_model.bin`.
         """
-        serialization.write_folder(path, self.config.to_dict(), self.export_state_dict(state_dict))
+        tensors = self.export_state_dict(state_dict, dtype=dtype)
+        copies = serialization.copy_names(tensors, self.tied_copies())
+        serialization.write_folder(path, self.config.to_dict(), tensors, copies=copies, pytorch_bin=pytorch_bin)
 
     @classmethod
     def from_pretrained(
@@ -163,16 +182,23 @@ class Speculator(nn.Module, ABC):
         """
         folder = serialization.find_folder(path)
         config_file = folder / serialization.CONFIG_NAME
+        values = serialization.read_config(config_file)
         try:
-            config = SpeculatorConfig.from_dict(serialization.read_config(config_file))
+            config = SpeculatorConfig.from_dict(values)
             model_class = _model_class(cls, config)
         except ConfigError as error:
             raise CheckpointError(f"{config_file} is not usable: {error}") from error
         # Without storage a parameter that the file forgot could not pass for a loaded one.
         with torch.device("meta"):
             speculator = model_class(config)
-        weights_file, tensors = serialization.read_weights(folder)
-        own = speculator.canonical_state_dict(tensors, str(weights_file))
+        views = speculator.file_views(speculator.state_dict())
+        copies = serialization.copy_names(views, speculator.tied_copies())
+        # Of the widest type, and with every tied copy written out, as other projects do.
+        numbers = sum(view.numel() for view in views.values()) + sum(views[name].numel() for name in copies.values())
+        numbers += sum(math.prod(shape) for shape in speculator.file_only_tensors().values())
+        weights = serialization.read_weights(folder, torch.float64.itemsize * numbers)
+        serialization.check_written_with(weights, values, config_file)
+        own = speculator.canonical_state_dict(weights.tensors, str(weights.file))
         loaded = {
             name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=True)
             for name, tensor in own.items()

@@ -9,7 +9,7 @@ import torch
 
 from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.models import Speculator
-from verl_speculator.models.serialization import BIN_NAME, PREFIX, read_config, read_weights, write_folder
+from verl_speculator.models.serialization import PREFIX, read_config, read_weights, write_folder
 from verl_speculator.serving.export_formats import EXPORT_FORMATS, ExportFormat
 
 HUB = "hf"
@@ -56,7 +56,7 @@ def check_export(folder: Path, target: ExportFormat) -> None:
     values = read_config(folder / "config.json")
     if len(values["top_k_tokens_per_head"]) != values["n_predict"]:
         raise CheckpointError(f"{folder}/config.json: {target.engine} wants a top_k_tokens_per_head for each head.")
-    file, tensors = read_weights(folder)
+    file, tensors, _ = read_weights(folder)
     expected = target.shapes_for(values)
     found = {name.removeprefix(PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
     problems = [f"no {name}" for name in expected if name not in found]
@@ -87,8 +87,7 @@ def _base_architectures(speculator: Speculator, given: str | None) -> list[str]:
 
 
 def _export_for_hub(speculator: Speculator, folder: Path) -> Path:
-    speculator.save_pretrained(folder)
-    (folder / BIN_NAME).unlink()  # the hub warns of pickles, and safetensors is what is read
+    speculator.save_pretrained(folder, pytorch_bin=False)  # the hub warns of pickles, and safetensors is what is read
     (folder / "README.md").write_text(_model_card(speculator), encoding="utf-8")
     again = Speculator.from_pretrained(folder)
     state = speculator.state_dict()

@@ -57,7 +57,7 @@ def is_speculator(values: dict[str, Any]) -> bool:
     """Whether the contents of a `config.json` name an architecture that `models` has."""
     architectures = values.get("architectures")
     names = architectures if isinstance(architectures, list) else [architectures]
-    return any(name in known_architectures() for name in names)
+    return any(isinstance(name, str) and name in known_architectures() for name in names)
 
 
 def known_architectures() -> set[str]:

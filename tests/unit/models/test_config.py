@@ -143,6 +143,28 @@ def test_other_values(changes, message):
         ArcticLSTMSpeculatorConfig(**{**BASE, **changes})
 
 
+@pytest.mark.parametrize(("name", "most"), [("n_predict", 256), ("vocab_size", 2**24), ("input_hidden_dim", 2**20)])
+def test_counts_have_bounds(name, most):
+    """Before: a speculator of 10^9 heads was being built for as long as anybody waited."""
+    MLPSpeculatorConfig(**{**BASE, "inner_dim": 8, name: most})
+    for value in (most + 1, 10**9, 10**40):
+        with pytest.raises(ConfigError, match=f"^{name} must be at most {most}, not [0-9.]+$"):
+            MLPSpeculatorConfig(**{**BASE, name: value})
+
+
+@pytest.mark.parametrize("value", [2**20 + 1, 10**30, "9" * 30, "9" * 6000, "1" + ".1" * 16, "8." * 5000 + "8"])
+@pytest.mark.parametrize("config_class", [MLPSpeculatorConfig, ArcticLSTMSpeculatorConfig])
+def test_widths_have_bounds(config_class, value):
+    with pytest.raises(ConfigError, match=r"^inner_dim must be .{10,200}$"):
+        config_class(**BASE, inner_dim=value)
+
+
+@pytest.mark.parametrize("architectures", [[["A"]], [{}], {"A": 1}, [None]])
+def test_architectures_of_the_wrong_type(architectures):
+    with pytest.raises(ConfigError, match=r"^architectures must hold one of "):
+        SpeculatorConfig.from_dict({**BASE, "architectures": architectures})
+
+
 def test_parse_width():
     assert parse_width(8, "w") == parse_width("8", "w") == (8,)
     assert parse_width("8.16.4", "w") == (8, 16, 4)
