@@ -35,6 +35,16 @@ def test_loss(run_benchmark) -> None:
             assert row["ratio_to_stacked"] == 1
 
 
+def test_objectives(run_benchmark) -> None:
+    rows = run_benchmark("bench_objectives.py", *LOSS_SIZES, "--mask-fractions", "0.5")["rows"]
+    kinds = [(row["objective"], row["weights"]) for row in rows]
+    assert kinds == [*((name, "alike") for name in ("ce", "kl", "rkl", "tv", "lk")), ("lk", "adaptive")]
+    assert rows[0]["ratio_to_ce"] == 1
+    for row in rows:
+        assert row["ratio_min"] <= row["ratio_to_ce"] <= row["ratio_max"]
+        assert row["peak_extra_mb"] > 0
+
+
 @pytest.mark.slow
 def test_tensor_parallel(run_benchmark) -> None:
     """The script itself compares its variants with torch's cross entropy, and stops where they differ."""
