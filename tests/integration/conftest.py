@@ -1,4 +1,4 @@
-"""Starting processes: most by a Python that has verl loaded already, because importing it takes many seconds in each."""
+"""Starting processes: most by a Python that has verl loaded already, because importing it takes many seconds."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """A Python that starts at once, because it is a fork of one that has imported torch and verl and done nothing else.
 
-Importing verl costs every process 15 seconds of CPU; trainings, torchrun and its ranks are such processes. `start` gives
-an executable to use in place of `sys.executable`: it asks a server to fork itself, and the fork runs the program with
-the caller's arguments, environment, folder and standard streams. What it starts by `sys.executable` starts so too.
-Signals reach the fork and its exit status comes back, so torchrun watches its ranks as ever.
+Importing verl costs every process 15 seconds of CPU; trainings, torchrun and its ranks are such processes. `start`
+gives an executable to use in place of `sys.executable`: it asks a server to fork itself, and the fork runs the program
+with the caller's arguments, environment, folder and standard streams. What that starts by `sys.executable` starts so
+too. Signals reach the fork and its exit status comes back, so torchrun watches its ranks as ever.
 
 What is different from a real interpreter: modules are loaded already, what they read of the environment when they
 were imported is the server's, and interpreter options other than `-u`, `-m` and `-c` go to a real one. So each way
