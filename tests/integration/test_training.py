@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from tests.support.tiny import write_base_model, write_chats
 from verl_speculator.checkpoint import layout
-from verl_speculator.evaluation.curves import read_curves
 from verl_speculator.models import Speculator
+from verl_speculator.reports.curves import read_curves
 
 pytestmark = pytest.mark.slow
 
