@@ -15,8 +15,10 @@ from tests.support.warm_python import start as start_warm_python
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def run_process(command: list[str], *, cwd: Path | None = None, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(REPOSITORY))
+def run_process(
+    command: list[str], *, cwd: Path | None = None, timeout: int = 600, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment}
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 
 import pytest
@@ -15,8 +14,8 @@ from verl_speculator.models import Speculator
 pytestmark = pytest.mark.slow
 
 
-def test_demo_leaves_a_measured_speculator_and_reuses_it(tmp_path) -> None:
-    command = [sys.executable, "-m", "examples.demo.run", "--budget", "small", "--output", str(tmp_path)]
+def test_demo_leaves_a_measured_speculator_and_reuses_it(tmp_path, warm_python) -> None:
+    command = [str(warm_python), "-m", "examples.demo.run", "--budget", "small", "--output", str(tmp_path)]
     start = time.monotonic()
     first = run_process(command, cwd=REPOSITORY)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
