@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,21 +14,23 @@ from verl_speculator.trainer.config.preflight import check_run
 from verl_speculator.trainer.launch import joins_cluster
 
 EXIT_USER_ERROR = 2
+# As of a process that SIGTERM has ended: schedulers that start a job again look for a failure.
+EXIT_STOPPED = 128 + signal.SIGTERM
 
 
 def run_trainer(
-    train: Callable[[DictConfig], None], overrides: Sequence[str], world_size: int | None, rank: int = 0
+    train: Callable[[DictConfig], bool], overrides: Sequence[str], world_size: int | None, rank: int = 0
 ) -> int:
     """Check the configuration and train.
 
     Args:
-        train: trains with the checked configuration.
+        train: trains with the checked configuration; whether to the end.
         overrides: `key=value` from the command line.
         world_size: None on a Ray driver, which takes it from `trainer.nnodes` and `trainer.n_gpus_per_node`.
         rank: of this process.
 
     Returns:
-        The exit status: 0, or 2 after an error of the user's.
+        The exit status: 0; 2 after an error of the user's; 143 if SIGTERM has stopped the training.
     """
     try:
         config = load_config(overrides)
@@ -38,10 +41,9 @@ def run_trainer(
         # Every rank finds the same.
         return _report(error) if rank == 0 else EXIT_USER_ERROR
     try:
-        train(config)
+        return 0 if train(config) else EXIT_STOPPED
     except SpeculatorError as error:
         return _report(error, rank)
-    return 0
 
 
 def _report(error: SpeculatorError, rank: int = 0) -> int:

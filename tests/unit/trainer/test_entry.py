@@ -8,8 +8,12 @@ from verl_speculator.trainer.entry import run_trainer
 
 def test_trains_with_the_checked_configuration(good_run) -> None:
     configs = []
-    assert run_trainer(configs.append, good_run, world_size=2) == 0
+    assert run_trainer(lambda config: configs.append(config) or True, good_run, world_size=2) == 0
     assert configs[0].model.speculator.inner_dim == 16
+
+
+def test_a_run_that_a_scheduler_has_stopped_does_not_count_as_done(good_run) -> None:
+    assert run_trainer(lambda config: False, good_run, world_size=2) == 143
 
 
 def test_ranks_share_one_message_about_the_configuration(good_run, capsys) -> None:

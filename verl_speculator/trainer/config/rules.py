@@ -142,6 +142,7 @@ class _Data(_Section):
     train_max_samples: _Int
     val_max_samples: _Int
     use_dynamic_bsz: _Bool
+    truncation: Annotated[str, _one_of("right", "error", why="verl cuts rows that are not padded at their end only")]
     pad_mode: Annotated[str, _one_of("no_padding", why="to pad batches set model.use_remove_padding=false instead")]
 
     @model_validator(mode="after")
@@ -169,6 +170,7 @@ class _Model(_Section):
 
 class _Trainer(_Section):
     default_local_dir: _Path
+    default_hdfs_dir: Annotated[None, _one_of(None, why="checkpoints are not copied: give trainer.default_local_dir")]
     resume_from_path: _PathOrNull
     total_epochs: _PositiveInt
     total_training_steps: _PositiveIntOrNull
