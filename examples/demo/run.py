@@ -24,7 +24,9 @@ from examples.demo.stages import Progress, Stages, num_processes, run_trainer
 from examples.demo.tokenizer import train_tokenizer
 from verl_speculator.data.regeneration import RegenerationSettings, regenerate_answers
 from verl_speculator.errors import CheckpointError
-from verl_speculator.evaluation import EvaluationResult, EvaluationSettings, evaluate, format_table, write_report
+from verl_speculator.evaluation import EvaluationResult, EvaluationSettings, evaluate
+from verl_speculator.reports.evaluation import write_report
+from verl_speculator.reports.table import format_table
 
 TABLE_WIDTH = 100  # of the printed results where the output is no terminal
 

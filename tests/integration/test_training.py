@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from tests.integration.conftest import run_process
 from tests.support.tiny import write_base_model, write_chats
 from verl_speculator.checkpoint import layout
-from verl_speculator.evaluation.curves import read_curves
 from verl_speculator.models import Speculator
+from verl_speculator.reports.curves import read_curves
 from verl_speculator.trainer.checkpoints import LOCK_FILE
 
 pytestmark = pytest.mark.slow

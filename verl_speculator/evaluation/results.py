@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from verl_speculator.decoding import Interval
+if TYPE_CHECKING:
+    from verl_speculator.decoding import Interval
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from verl_speculator.base_model.loading import Target
+from verl_speculator.data.prompts import Prompt
 from verl_speculator.decoding import (
     DecodingResult,
     DecodingTimes,
@@ -15,11 +19,9 @@ from verl_speculator.decoding import (
     tokens_per_round_interval,
 )
 from verl_speculator.evaluation.measure import Drafting, Measurement, by_prompt
-from verl_speculator.evaluation.pieces import output_pieces
-from verl_speculator.evaluation.prompts import Prompt
-from verl_speculator.evaluation.results import Costs, DrafterResult, PromptResult, TargetHealth
-from verl_speculator.evaluation.statistics import paired_speedup, repeated_share
-from verl_speculator.evaluation.target import Target
+from verl_speculator.evaluation.results import Costs, DrafterResult, PromptResult, Speedup, TargetHealth
+
+_INCOMPLETE = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
 
 def summarize_drafting(
@@ -123,3 +125,57 @@ def _prompt_result(
         identical=identical,
         pieces=output_pieces(target.tokenizer, tokens, accepted),
     )
+
+
+def output_pieces(
+    tokenizer: Any, tokens: Sequence[int], accepted_per_round: Sequence[int]
+) -> list[tuple[str, int, bool]]:
+    """`(text, round, was drafted)` of each run of tokens; joined, the texts are the text of `tokens`.
+
+    Round 0 is the prompt's own forward, which brings the first token. Every other brings the drafts that it accepts and
+    one token of the target's; of the last round, tokens past the end are not there. A character whose bytes come from
+    several runs is shown in the one that completes it.
+    """
+    pieces: list[tuple[str, int, bool]] = []
+    shown = 0
+    for start, end, round_number, is_draft in _runs(len(tokens), accepted_per_round):
+        text = tokenizer.decode(tokens[:end], clean_up_tokenization_spaces=False)
+        # What is decoded is always the text's beginning: a token's text may depend on those before it.
+        complete = len(text) if end == len(tokens) else len(text.rstrip(_INCOMPLETE))
+        if complete > shown and end > start:
+            pieces.append((text[shown:complete], round_number, is_draft))
+            shown = complete
+    return pieces
+
+
+def _runs(num_tokens: int, accepted_per_round: Sequence[int]) -> list[tuple[int, int, int, bool]]:
+    runs, position = [(0, min(1, num_tokens), 0, False)], 1
+    for number, accepted in enumerate(accepted_per_round, start=1):
+        for length, is_draft in ((accepted, True), (1, False)):
+            end = min(position + length, num_tokens)
+            if end > position:
+                runs.append((position, end, number, is_draft))
+            position = end
+    return runs
+
+
+def repeated_share(outputs: Iterable[Sequence[int]], width: int = 4) -> float | None:
+    """The share of `width`-grams that their own output has had before: 1 - distinct / all, summed over outputs.
+
+    Welleck et al. 2020, "Neural text generation with unlikelihood training", call it seq-rep-n. None where no output
+    is as long as one.
+    """
+    total = distinct = 0
+    for tokens in outputs:
+        grams = [tuple(tokens[start : start + width]) for start in range(len(tokens) - width + 1)]
+        total += len(grams)
+        distinct += len(set(grams))
+    return 1 - distinct / total if total else None
+
+
+def paired_speedup(ratios: Sequence[float]) -> Speedup:
+    """Median and quartiles of the batches' own ratios: load that comes and goes hits both sides of a ratio alike."""
+    if len(ratios) == 1:
+        return Speedup(ratios[0], ratios[0], ratios[0], list(ratios))
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Speedup(median, low, high, list(ratios))

@@ -20,8 +20,8 @@ from verl.workers.config import TrainingWorkerConfig
 
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
 from verl_speculator.data.loading import PaddedEvaluation, ResumableSampler
-from verl_speculator.engine.metric_sums import SUMS_KEY
 from verl_speculator.engine.model_config import MODEL_TYPE
+from verl_speculator.engine.step_sums import SUMS_KEY
 from verl_speculator.models.serialization import SUBFOLDER
 from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
 from verl_speculator.trainer.metrics_log import MetricsLog

@@ -4,7 +4,7 @@
     {"step": 1, "metrics": {"train/loss": 7.9, ...}}      a value that is no finite number is null
 
 A run resumed from an earlier checkpoint goes on in the same file, and its start line takes back what stands above it
-for later steps. `verl_speculator.evaluation.curves` reads the file.
+for later steps. `verl_speculator.reports.curves` reads the file.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.checkpoint.layout import RESUME_FOLDER, RUN_CONFIG_FILE
-from verl_speculator.data.chat_parquet import resolve_files
+from verl_speculator.data.chats import resolve_files
 from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.config.compose import engine_name
 from verl_speculator.trainer.config.rules import model_parallel_sizes

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from verl_speculator.data.chat_parquet import check_chat_file
+from verl_speculator.data.chats import check_chat_file
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 README = CHECKOUT / "README.md"

@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from verl_speculator.base_model.files import BaseSizes
 from verl_speculator.errors import ConfigError
-from verl_speculator.trainer.base_model import BaseSizes
 
 _INSTALL = "pip install 'verl_speculator[megatron]'"
 _TENSOR_KEY = "engine.tensor_model_parallel_size"

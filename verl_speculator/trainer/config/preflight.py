@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
+from verl_speculator.base_model.files import BaseSizes, check_base_files
 from verl_speculator.checkpoint.layout import check_intact, find_resume_path
-from verl_speculator.data.chat_parquet import check_chat_file, check_file, resolve_files
+from verl_speculator.data.chats import check_chat_file, check_file, resolve_files
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
-from verl_speculator.trainer.base_model import BaseSizes, check_base_model
 from verl_speculator.trainer.config.compose import engine_name
 from verl_speculator.trainer.config.megatron import check_layout, check_packages
 from verl_speculator.trainer.config.rules import check_values
@@ -42,7 +42,13 @@ def check_run(
     model: Any = OmegaConf.to_container(config.model)
     adapter = build_speculator_adapter(model["speculator_adapter"], model["speculator"])
     _check_data(config)
-    sizes = check_base_model(config.model)
+    sizes = check_base_files(
+        str(config.model.path),
+        key="model.path",
+        template_key="model.custom_chat_template",
+        tokenizer_path=config.model.tokenizer_path,
+        has_template=config.model.custom_chat_template is not None,
+    )
     if on_megatron and sizes is not None:
         check_layout(config.engine, sizes)
     if config.model.speculator_path is not None and read_weights:

@@ -64,7 +64,7 @@ def test_group_overrides_keep_our_defaults(groups) -> None:
 
 def test_megatron_is_a_switch_of_two_groups(defaults) -> None:
     config = load_config(["engine=megatron", "optim=megatron", "model.use_remove_padding=false"])
-    assert config.engine._target_ == "verl_speculator.engine.megatron_config.SpeculatorMcoreEngineConfig"
+    assert config.engine._target_ == "verl_speculator.engine.megatron.config.SpeculatorMcoreEngineConfig"
     assert config.optim._target_ == "verl.workers.config.McoreOptimizerConfig"
     assert (config.engine.strategy, config.engine.model_dtype, config.engine.vanilla_mbridge) == (
         "megatron",

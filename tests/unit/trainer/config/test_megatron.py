@@ -15,10 +15,10 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from verl_speculator.base_model.files import BaseSizes
 from verl_speculator.checkpoint import layout
 from verl_speculator.errors import ConfigError
 from verl_speculator.trainer import launch
-from verl_speculator.trainer.base_model import BaseSizes
 from verl_speculator.trainer.config.compose import load_config
 from verl_speculator.trainer.config.megatron import check_layout
 from verl_speculator.trainer.config.preflight import check_run

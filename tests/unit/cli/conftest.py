@@ -1,0 +1,3 @@
+from tests.unit.serving.conftest import make_speculator
+
+__all__ = ["make_speculator"]

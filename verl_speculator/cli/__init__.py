@@ -1,0 +1,65 @@
+"""The `verl-speculator` command: a module for each subcommand, and here the one way in which all of them run.
+
+A module has `PURPOSE` (for the list of commands), `DESCRIPTION`, `add_arguments(parser)` and `run(args)`. Importing it
+loads nothing heavy, and `run` imports only when it has checked what it was given: help and mistakes come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from verl_speculator.cli import eval, export, regenerate, serve, train, train_report
+from verl_speculator.errors import SpeculatorError
+
+EXIT_USER_ERROR = 2
+_COMMANDS = {
+    "regenerate": regenerate,
+    "train": train,
+    "train-report": train_report,
+    "eval": eval,
+    "serve": serve,
+    "export": export,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`, by default the process's own; the exit status. A user's mistake is one line."""
+    parser = argparse.ArgumentParser(
+        prog="verl-speculator",
+        description="Train the draft heads of speculative decoding inside verl, measure them and serve them in vLLM.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, module in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.PURPOSE,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            # vLLM's --speculator-... must not be taken for the beginning of an option of ours.
+            allow_abbrev=module is not serve,
+        )
+        command.set_defaults(run=module.run)
+        module.add_arguments(command)
+    args, rest = parser.parse_known_args(argv)
+    args.rest = rest
+    if args.version:
+        from verl_speculator import __version__
+
+        print(__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 0
+    # Options that `serve` does not know are vLLM's, and argparse takes no overrides of `train` that follow an option.
+    known = args.command == "serve" or (args.command == "train" and not any(text.startswith("-") for text in rest))
+    if rest and not known:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        status: int | None = args.run(args)
+    except SpeculatorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return status or 0

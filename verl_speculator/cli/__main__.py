@@ -1,0 +1,5 @@
+import sys
+
+from verl_speculator.cli import main
+
+sys.exit(main())
