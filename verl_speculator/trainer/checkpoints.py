@@ -114,8 +114,8 @@ class RunCheckpoints:
         probe.unlink(missing_ok=True)
         if blind:
             raise ConfigError(
-                f"trainer.default_local_dir: rank {', '.join(map(str, blind))} of the processes sees another folder "
-                f"{str(self._root)!r} than the one that writes the checkpoints: give a folder that all machines share"
+                f"trainer.default_local_dir: what is written to {str(self._root)!r} is not seen by rank "
+                f"{', '.join(map(str, blind))}: give a folder that all machines share"
             )
 
     def _commit(self, staging: Path, step: int) -> Path:

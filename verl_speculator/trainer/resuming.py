@@ -56,7 +56,7 @@ _TRAINING_KEYS = (
 # Written by verl's trainer, and longer when a run is to train longer.
 _LENGTHS = ("optim.total_training_steps",)
 
-_SAMPLES, _SAMPLE_SIZE = 64, 1 << 12
+_SAMPLES, _SAMPLE_SIZE = 16, 1 << 14
 _ABSENT = object()
 
 

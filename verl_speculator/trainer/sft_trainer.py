@@ -80,4 +80,8 @@ def train(config: DictConfig) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_trainer(train, sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))))
+    world_size, rank, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+    )
+    sys.exit(run_trainer(train, sys.argv[1:], world_size, rank, local_rank))

@@ -161,8 +161,8 @@ def test_a_folder_that_not_all_processes_see_is_refused(config, tmp_path) -> Non
     with pytest.raises(ConfigError) as caught:
         RunCheckpoints(config, Engine(), Alone(2, 3))
     assert str(caught.value) == (
-        f"trainer.default_local_dir: rank 2, 3 of the processes sees another folder {str(tmp_path / 'checkpoints')!r} "
-        "than the one that writes the checkpoints: give a folder that all machines share"
+        f"trainer.default_local_dir: what is written to {str(tmp_path / 'checkpoints')!r} is not seen by rank 2, 3: "
+        "give a folder that all machines share"
     )
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {LOCK_FILE}
 
