@@ -101,6 +101,7 @@ class RunCheckpoints:
             self._lock.close()
 
     def _take_folder(self) -> Path:
+        # First: cleaning up would remove what another run is just writing.
         self._lock = lock(self._root)
         layout.clean_up(self._root)
         # Before training: the files may change while it goes on.
@@ -135,6 +136,7 @@ class RunCheckpoints:
                 result = act()
             except (SpeculatorError, OSError) as error:
                 failure = error
+        # The failure itself stays here: not every error can be sent to another process.
         failed, result = self._processes.from_first((failure is not None, result))
         if failure is not None:
             raise failure
@@ -154,6 +156,8 @@ def lock(root: Path, patience_s: float = 10) -> IO[str]:
     Raises:
         ConfigError: another run, here or on another machine, holds it.
     """
+    # Not a file that says who is there: a killed process, here or elsewhere, takes its lock with it. Linux carries
+    # flock over NFS. The file itself stays, since removing it would part those that hold it from those that ask.
     stream = (root / LOCK_FILE).open("a+")
     deadline = time.monotonic() + patience_s
     while True:

@@ -94,6 +94,7 @@ class SpeculatorTrainingLoop(ABC):
             self.train_dataset,
             batch_size=self.global_batch_size // num_shards,
             sampler=self.train_sampler,
+            # A step on fewer rows would weigh them more.
             drop_last=True,
             num_workers=data.num_workers,
             collate_fn=SFTTensorCollator(data.pad_mode),
@@ -177,6 +178,7 @@ class SpeculatorTrainingLoop(ABC):
             is_last = position.global_step >= self.total_training_steps
             if is_last or _is_due(self.test_freq, position.global_step):
                 self._validate(position.global_step)
+            # Asked at one point of every step: processes that saved at different ones would wait for each other.
             stops = self.processes.is_any(self._sigterm_received)
             if is_last or stops or _is_due(self.save_freq, position.global_step):
                 folder = self.ckpt_handler.save()
@@ -188,6 +190,7 @@ class SpeculatorTrainingLoop(ABC):
 
     def _batches(self, position: Position) -> Iterator[Any]:
         """Batches from `position` on, which is kept up to date, until the last step."""
+        # Saved after an epoch's last batch: that epoch is over, and entering it would give no batch.
         if position.samples >= self.steps_per_epoch * self.global_batch_size:
             position.epoch, position.samples = position.epoch + 1, 0
         with tqdm(
@@ -201,6 +204,7 @@ class SpeculatorTrainingLoop(ABC):
                 self.train_sampler.set_epoch(position.epoch)
                 self.train_sampler.skip_once(position.samples)
                 for batch in self.train_dataloader:
+                    # Ahead of the step, for a checkpoint saved while the caller has the batch.
                     position.global_step += 1
                     position.samples += self.global_batch_size
                     yield batch
@@ -221,11 +225,13 @@ class SpeculatorTrainingLoop(ABC):
         start = time.perf_counter()
         output = self.train_batch(data)
         seconds = time.perf_counter() - start
+        # Here, so that the profile covers no validation and no save, and ends even at the run's last step.
         if self._is_profiling and position.global_step == self.end_profile_step:
             self.training_client.stop_profile()
             self._is_profiling = False
         position.total_tokens += sum(seqlens)
         if output is None:
+            # Another rank has the outputs of these rows.
             return {}
         metrics = self._summarize(output.pop(SUMS_KEY)[0])
         metrics["loss"] = output.pop("loss")

@@ -66,6 +66,7 @@ def describe_origin(config: DictConfig) -> dict[str, list[dict[str, str | None]]
     A fingerprint is None where there is nothing to read on this machine: a name on a hub, a remote path.
     """
     base = Path(str(config.model.path))
+    # As transformers prefers them. A folder has both forms at times, and an adapter's weights are not the base's.
     weights = sorted(base.glob("model*.safetensors")) or sorted(base.glob("pytorch_model*.bin"))
     files = resolve_files(config.data.train_files, _DATA)
     return {
@@ -84,6 +85,7 @@ def check_same_run(config: DictConfig, resume_from: Path) -> None:
     if not file.is_file():
         return
     before = DictConfig(OmegaConf.load(file))
+    # In the order of what a user would want to hear of first.
     _check_same_engine(config, before, resume_from)
     _check_same_origin(config, before, resume_from)
     # To evaluate, the speculator has to be the same, and not the way in which it was trained.
@@ -91,6 +93,7 @@ def check_same_run(config: DictConfig, resume_from: Path) -> None:
         if key == "model.speculator" and config.model.speculator_path is not None:
             # The shape of the one that was loaded counts.
             continue
+        # What the old run did not have came with a later version, which gave it the meaning that it had before.
         now, was = _settings(config, key), _settings(before, key)
         for name in was:
             # A width is the same as a number and as a string.
@@ -111,6 +114,7 @@ def _check_same_engine(config: DictConfig, before: DictConfig, resume_from: Path
             f"start from its weights with model.speculator_path={resume_from} and another trainer.default_local_dir"
         )
     if engine != "megatron" or config.model.freeze_base_model:
+        # The speculator's own state does not depend on how it was cut.
         return
     for key, size in model_parallel_sizes(config).items():
         size_before = OmegaConf.select(before, key)
