@@ -26,7 +26,8 @@ ORIGIN_FILE = f"{RESUME_FOLDER}/origin.json"
 _BASE, _DATA = "model.path", "data.train_files"
 _AFRESH = "start afresh with another trainer.default_local_dir or trainer.resume_mode=disable"
 
-# Settings that change what is learned; of a section every key.
+# Settings that change what is learned, and sections of which every key does.
+_SECTIONS = ("model.speculator", "optim")
 _MODEL_KEYS = (
     "model.speculator_path",
     "model.speculator_adapter",
@@ -90,17 +91,16 @@ def check_same_run(config: DictConfig, resume_from: Path) -> None:
     _check_same_origin(config, before, resume_from)
     # To evaluate, the speculator has to be the same, and not the way in which it was trained.
     for key in _MODEL_KEYS if config.trainer.val_only else (*_MODEL_KEYS, *_TRAINING_KEYS):
-        if key == "model.speculator" and config.model.speculator_path is not None:
-            # The shape of the one that was loaded counts.
-            continue
         # What the old run did not have came with a later version, which gave it the meaning that it had before.
-        now, was = _settings(config, key), _settings(before, key)
-        for name in was:
+        was = OmegaConf.select(before, key, default=_ABSENT)
+        section = {f"{key}.{name}": item for name, item in was.items()} if key in _SECTIONS else {key: was}
+        for name, was in section.items():
+            value = OmegaConf.select(config, name)
             # A width is the same as a number and as a string.
-            if name not in _LENGTHS and str(now.get(name)) != str(was[name]):
+            if was is not _ABSENT and name not in _LENGTHS and str(value) != str(was):
                 raise ConfigError(
-                    f"{name}={_typed(now.get(name))}, but {resume_from} was trained with {_typed(was[name])}: "
-                    f"give that to go on, or {_AFRESH}"
+                    f"{name}={_typed(value)}, but {resume_from} was trained with {_typed(was)}: give that to go on, "
+                    f"or {_AFRESH}"
                 )
 
 
@@ -146,14 +146,6 @@ def _check_same_origin(config: DictConfig, before: DictConfig, resume_from: Path
                 f"{key}={item['name']}, but {resume_from} was trained with {was['name']}{has_changed}: "
                 f"give that to go on, or {_AFRESH}"
             )
-
-
-def _settings(config: DictConfig, key: str) -> dict[str, Any]:
-    """The values under their full keys; empty if a configuration of another version has no such key."""
-    value = OmegaConf.select(config, key, default=_ABSENT)
-    if isinstance(value, DictConfig):
-        return {f"{key}.{name!s}": item for name, item in value.items()}
-    return {} if value is _ABSENT else {key: value}
 
 
 def _typed(value: Any) -> str:

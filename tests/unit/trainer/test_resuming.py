@@ -61,6 +61,7 @@ def changed(config: DictConfig, **changes) -> DictConfig:
         ("model.speculator.n_predict", 3, "model.speculator.n_predict=3"),
         ("model.speculator.tie_weights", False, "model.speculator.tie_weights=false"),
         ("model.speculator_adapter", "verl_speculator.adapters.MLPSpeculatorAdapter", "model.speculator_adapter=verl"),
+        ("model.speculator_adapter", {"fqn": "a.b.C"}, "model.speculator_adapter={'fqn': 'a.b.C'}"),
         ("model.speculator_loss_coeff", 0.5, "model.speculator_loss_coeff=0.5"),
         ("model.freeze_base_model", False, "model.freeze_base_model=false"),
         ("model.speculator_path", "/some/where", "model.speculator_path=/some/where"),
