@@ -35,7 +35,8 @@ import torch
 from common import describe_machine, print_table, seconds, synchronize, versions
 from transformers import AutoTokenizer
 
-from verl_speculator.evaluation.prompts import encode, read_chats
+from verl_speculator.data.chats import read_chats
+from verl_speculator.data.prompts import encode_chats
 from verl_speculator.models import (
     ArcticLSTMSpeculator,
     ArcticLSTMSpeculatorConfig,
@@ -192,7 +193,7 @@ def make_prompts(args: argparse.Namespace, batch: int) -> list[Any]:
     """The first chats of `--data`, repeated if there are too few; or random tokens, whose acceptance means nothing."""
     if args.data is not None:
         tokenizer = AutoTokenizer.from_pretrained(args.base)
-        prompts = encode(read_chats([str(args.data)], "messages", batch), tokenizer)
+        prompts = encode_chats(read_chats([str(args.data)], "messages", batch), tokenizer)
         return [{"prompt_token_ids": prompts[i % len(prompts)].prompt_ids} for i in range(batch)]
     vocab = json.loads((Path(args.base) / "config.json").read_text())["vocab_size"]
     generator = random.Random(0)

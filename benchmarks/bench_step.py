@@ -98,8 +98,8 @@ class Training:
         from verl.workers.config import TrainingWorkerConfig
 
         from verl_speculator.engine.model_config import MODEL_TYPE
-        from verl_speculator.trainer.configuration import load_config
-        from verl_speculator.trainer.devices import apply_device
+        from verl_speculator.trainer.config.compose import load_config
+        from verl_speculator.trainer.config.devices import apply_device
         from verl_speculator.trainer.sft_trainer import base_loss
         from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 
@@ -202,7 +202,7 @@ def recorded_calls(recorder: SpanRecorder, worker: Any) -> Iterator[None]:
     import verl.workers.engine.fsdp.transformer_impl as verl_engine
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-    import verl_speculator.engine.fsdp as own_engine
+    from verl_speculator.engine import step_sums
     from verl_speculator.losses import objective
 
     engine = worker.engine
@@ -210,9 +210,8 @@ def recorded_calls(recorder: SpanRecorder, worker: Any) -> Iterator[None]:
     recorder.wrap(type(engine.module), "__call__", "backbone")
     recorder.wrap(type(engine.speculator_unit), "__call__", "objective")
     recorder.wrap(speculator, "begin", "states")
+    recorder.wrap(speculator, "embed", "states")
     recorder.wrap(speculator, "step", "states")
-    if hasattr(speculator, "embed"):
-        recorder.wrap(speculator, "embed", "states")
     recorder.wrap(torch.Tensor, "backward", "states")
     recorder.replace(objective, "linear_cross_entropy", _with_backward(recorder, objective.linear_cross_entropy))
     recorder.wrap(engine, "optimizer_step", "clipping")
@@ -221,7 +220,7 @@ def recorded_calls(recorder: SpanRecorder, worker: Any) -> Iterator[None]:
     recorder.wrap(engine, "lr_scheduler_step", "optimizer")
     recorder.wrap(engine, "prepare_model_inputs", "batch")
     recorder.wrap(verl_engine, "prepare_micro_batches", "batch")
-    recorder.wrap(own_engine, "reduce_sums", "metrics")
+    recorder.wrap(step_sums, "reduce_sums", "metrics")
     recorder.wrap(worker, "_postprocess_output", "metrics")
     for module in (dist, dist._functional_collectives):
         for name in COLLECTIVES:

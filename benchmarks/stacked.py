@@ -13,18 +13,17 @@ from torch import Tensor
 
 from verl_speculator.adapters import LSTMSpeculatorAdapter, MLPSpeculatorAdapter
 from verl_speculator.losses import PackedHiddenStates, trained_positions
-from verl_speculator.models import Speculator
+from verl_speculator.models import ChainSpeculator
 
 
-def chain_outputs(speculator: Speculator, packed: PackedHiddenStates) -> Iterator[Tensor]:
+def chain_outputs(speculator: ChainSpeculator, packed: PackedHiddenStates) -> Iterator[Tensor]:
     """Each head's outputs at all positions: [T, width]. Tokens beyond the end of a sequence are never trained."""
-    state = speculator.begin(packed.hidden_states)
-    for i in range(speculator.n_predict):
-        state, output = speculator.step(state, packed.input_ids.roll(-1 - i), i)
-        yield output
+    # Each head reads its embeddings by itself, as the trainers that the formula comes from do.
+    embedded = (speculator.embed(packed.input_ids.roll(-1 - i), i) for i in range(speculator.n_predict))
+    return speculator.unroll(packed.hidden_states, embedded)
 
 
-def stacked_loss(speculator: Speculator, packed: PackedHiddenStates) -> Tensor:
+def stacked_loss(speculator: ChainSpeculator, packed: PackedHiddenStates) -> Tensor:
     """The unweighted mean over heads of each head's mean cross entropy over its trained positions."""
     trained_PT = trained_positions(packed.loss_mask, packed.cu_seqlens, speculator.n_predict)
     counts_P = trained_PT.sum(dim=1) if packed.head_counts is None else packed.head_counts
@@ -38,7 +37,7 @@ def stacked_loss(speculator: Speculator, packed: PackedHiddenStates) -> Tensor:
 
 
 class _StackedLoss:
-    speculator: Speculator
+    speculator: ChainSpeculator
 
     def compute_speculator_loss(self, packed: PackedHiddenStates) -> tuple[Tensor, dict[str, Tensor]]:
         return stacked_loss(self.speculator, packed), {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class SpeculatorError(Exception):
@@ -27,6 +28,15 @@ class MissingFileError(SpeculatorError, FileNotFoundError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Errors of this package that are raised inside begin with `key`, the flag or configuration key to blame."""
+    try:
+        yield
+    except SpeculatorError as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -24,8 +24,8 @@ ROLES = {
 IMPORTS = {"torch": "torch import", "verl": "verl import", "verl_speculator": "own imports"}
 # Functions by the module that defines them; they are replaced as soon as it has been imported.
 CALLS = {
-    "verl_speculator.trainer.configuration": {"load_config": "configuration"},
-    "verl_speculator.trainer.preflight": {"check_run": "checks"},
+    "verl_speculator.trainer.config.compose": {"load_config": "configuration"},
+    "verl_speculator.trainer.config.preflight": {"check_run": "checks"},
     "verl_speculator.platforms.cpu": {"init_process_group": "process group"},
     "verl_speculator.trainer.worker": {"SpeculatorTrainingWorker.__init__": "engine"},
     "verl.workers.engine_workers": {"TrainingWorker.reset": "engine"},

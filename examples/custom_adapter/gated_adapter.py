@@ -1,6 +1,6 @@
 r"""A speculator type of one's own in one file: its configuration, its model and its adapter.
 
-A gated recurrent unit drafts the tokens. ``gate_bias`` is a setting that only this type has. Train it with
+A gated recurrent unit drafts the tokens. `gate_bias` is a setting that only this type has. Train it with
 
     verl-speculator train \
         'model.speculator_adapter={path: examples/custom_adapter/gated_adapter.py, name: GatedSpeculatorAdapter}' \
@@ -9,7 +9,7 @@ A gated recurrent unit drafts the tokens. ``gate_bias`` is a setting that only t
         model.partial_pretrain=BASE data.train_files=train.parquet
 
 Nothing of the package changes. Whoever loads the trained speculator imports this file first, and then
-``Speculator.from_pretrained`` knows the type.
+`Speculator.from_pretrained` knows the type.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import nn
 
 from verl_speculator.adapters import ChainSpeculatorAdapter
 from verl_speculator.errors import ConfigError
-from verl_speculator.models import Speculator, SpeculatorConfig, register_speculator
+from verl_speculator.models import ChainSpeculator, ChainSpeculatorConfig, register_speculator
 
 
 @dataclass(kw_only=True)
-class GatedSpeculatorConfig(SpeculatorConfig):
-    """``model.speculator`` may set every field; ``gate_bias`` above 0 lets the state change slowly at first."""
+class GatedSpeculatorConfig(ChainSpeculatorConfig):
+    """`model.speculator` may set every field; `gate_bias` above 0 lets the state change slowly at first."""
 
     architectures = ("GatedSpeculator",)
 
@@ -49,8 +49,8 @@ class GatedSpeculatorConfig(SpeculatorConfig):
 
 
 @register_speculator(GatedSpeculatorConfig)
-class GatedSpeculator(Speculator):
-    """``z = σ(U [s; x] + gate_bias)``, ``s = z·s + (1 - z)·tanh(W [s; x])``, ``logits = head(s)``; ``s₀ = P h``."""
+class GatedSpeculator(ChainSpeculator):
+    """`z = σ(U [s; x] + gate_bias)`, `s = z·s + (1 - z)·tanh(W [s; x])`, `logits = head(s)`; `s₀ = P h`."""
 
     config: GatedSpeculatorConfig
 
@@ -68,11 +68,18 @@ class GatedSpeculator(Speculator):
         (scaled,) = super().begin(hidden_states)
         return (self.proj(scaled),)
 
+    @property
+    def embeddings_are_tied(self) -> bool:
+        return True  # one table for all heads, which training then reads once for all of them
+
+    def embed(self, tokens: torch.Tensor, head_index: int) -> torch.Tensor:
+        return self.emb(tokens)
+
     def step(
-        self, state: tuple[torch.Tensor, ...], tokens: torch.Tensor, head_index: int
+        self, state: tuple[torch.Tensor, ...], embedded: torch.Tensor, head_index: int
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         (before,) = state
-        mixed = torch.cat([before, self.emb(tokens)], dim=-1)
+        mixed = torch.cat([before, embedded], dim=-1)
         keep = torch.sigmoid(self.gate(mixed) + self.config.gate_bias)
         after = keep * before + (1 - keep) * torch.tanh(self.candidate(mixed))
         return (after,), after

@@ -22,12 +22,12 @@ from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.workers.config import TrainingWorkerConfig
 
 from tests.integration.megatron_layout import forget_megatron_layout
-from verl_speculator.engine.hidden_states import gather_sequence, share_of_targets
-from verl_speculator.engine.metric_sums import SUMS_KEY
 from verl_speculator.engine.model_config import MODEL_TYPE
+from verl_speculator.engine.sequence_parallel import gather_sequence, share_of_targets
+from verl_speculator.engine.step_sums import SUMS_KEY
 from verl_speculator.platforms import cpu, megatron_cpu
-from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.devices import apply_device
+from verl_speculator.trainer.config.compose import load_config
+from verl_speculator.trainer.config.devices import apply_device
 from verl_speculator.trainer.sft_trainer import base_loss
 from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.needy_adapter import NEEDY
 from tests.integration.reference import PlainTraining
 from tests.support.tiny import VOCAB_SIZE, write_base_model
 from verl_speculator.losses import acceptance_sums
@@ -108,6 +109,8 @@ def check_loss_and_gradients(case: Case, world: dict[str, Path], results: Path) 
     plain = PlainTraining(world[case.base], world[case.speculator])
     rows = make_rows()
     speculator_loss = plain.speculator_loss(rows, detach=case.detaches)
+    if NEEDY in case.overrides:
+        speculator_loss = speculator_loss + plain.soft_loss(rows, detach=case.detaches)
     loss = speculator_loss
     if case.is_joint:
         loss = plain.base_loss(rows) + SPECULATOR_LOSS_COEFF * speculator_loss

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from tests.integration.needy_adapter import LAYER_IDS, soft_loss
 from verl_speculator.losses import PackedHiddenStates
 from verl_speculator.models import Speculator
 
@@ -39,6 +40,26 @@ class PlainTraining:
                         losses[head].append(F.cross_entropy(logits[head, 0, position], ids[target]))
         means = [torch.stack(head).mean() if head else torch.zeros((), dtype=torch.float64) for head in losses]
         return torch.stack(means).mean()
+
+    def soft_loss(self, rows: Rows, *, detach: bool) -> torch.Tensor:
+        """What `NeedyAdapter` adds, from the states that transformers itself gives out."""
+        layers = self.base.model.layers
+        weight = self.base.get_output_embeddings().weight.detach()
+        losses, count = [], 0
+        for ids, mask in rows:
+            # transformers gives the last layer's states after the norm only.
+            before_norm: list[torch.Tensor] = []
+            hook = layers[-1].register_forward_hook(lambda module, args, output, out=before_norm: out.append(output))
+            states = self.base(ids.unsqueeze(0), output_hidden_states=True).hidden_states
+            hook.remove()
+            stream = [tensor[0] for tensor in (*states[:-1], before_norm[0])]
+            last = states[-1][0]
+            if detach:
+                last, stream = last.detach(), [tensor.detach() for tensor in stream]
+            positions = torch.arange(ids.numel())
+            losses.append(soft_loss(last, [stream[layer_id] for layer_id in LAYER_IDS], positions, mask, weight))
+            count += int(mask[2:].sum())
+        return torch.stack(losses).sum() / count
 
     def base_loss(self, rows: Rows) -> torch.Tensor:
         """Mean over all trained tokens of the batch, as in verl's SFT."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.needy_adapter import NEEDY
 from tests.integration.numbers_world import (
     CASES_SCRIPT,
     JOINT,
@@ -37,6 +38,10 @@ CASES = [
     Case("joint_one_row", "qwen2", "lstm", [*ONE_ROW, *JOINT]),
     Case("joint_padded_untied", "llama_untied", "rnn", [*TWO_ROWS, *PADDED, *JOINT]),
     Case("joint_detached", "qwen2", "lstm", [*TWO_ROWS, *JOINT, "model.detach_hidden_states=true"]),
+    Case("needy_packed", "qwen2", "lstm", [*PACKED, NEEDY]),
+    Case("needy_padded", "llama_untied", "lstm", [*TWO_ROWS, *PADDED, NEEDY]),
+    Case("needy_joint", "llama_untied", "lstm", [*PACKED, *JOINT, NEEDY]),
+    Case("needy_joint_padded", "qwen2", "lstm", [*TWO_ROWS, *PADDED, *JOINT, NEEDY]),
 ]
 
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.support.drafts import accepted_drafts, greedy_text, train_speculator
 from tests.support.tiny import write_base_model, write_chats
 from verl_speculator import cli
-from verl_speculator.evaluation.prompts import encode, read_chats
+from verl_speculator.data.chats import read_chats
+from verl_speculator.data.prompts import encode_chats
 from verl_speculator.models import Speculator
 from verl_speculator.trainer.metrics_log import MetricsLog
 
@@ -45,7 +46,9 @@ def world(tmp_path_factory, verl_speculator) -> World:
     base, data = write_base_model(folder / "base", seed=5), write_chats(folder / "chats.parquet", 8, seed=3)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
-    prompts = [prompt.prompt_ids for prompt in encode(read_chats([str(data)], "messages", NUM_PROMPTS), tokenizer)]
+    prompts = [
+        prompt.prompt_ids for prompt in encode_chats(read_chats([str(data)], "messages", NUM_PROMPTS), tokenizer)
+    ]
     run = folder / "run"
     train_speculator(
         model, prompts, run / "global_step_60" / "speculator", n_predict=3, stop=tokenizer.eos_token_id, steps=60
@@ -71,7 +74,7 @@ def test_numbers_are_those_of_an_independent_count(world, values) -> None:
     model = AutoModelForCausalLM.from_pretrained(world.base).eval()
     tokenizer = AutoTokenizer.from_pretrained(world.base)
     speculator = Speculator.from_pretrained(world.run / "global_step_60")
-    prompts = encode(read_chats([str(world.data)], "messages", NUM_PROMPTS), tokenizer)
+    prompts = encode_chats(read_chats([str(world.data)], "messages", NUM_PROMPTS), tokenizer)
     rounds = []
     with torch.no_grad():
         for prompt, reported in zip(prompts, values["speculators"][0]["prompts"], strict=True):
@@ -98,7 +101,7 @@ def test_held_out_loss_is_the_models_own(world, values) -> None:
     model = AutoModelForCausalLM.from_pretrained(world.base).eval()
     tokenizer = AutoTokenizer.from_pretrained(world.base)
     total = count = 0
-    for prompt in encode(read_chats([str(world.data)], "messages", NUM_PROMPTS), tokenizer):
+    for prompt in encode_chats(read_chats([str(world.data)], "messages", NUM_PROMPTS), tokenizer):
         input_ids = torch.tensor([prompt.prompt_ids + prompt.answer_ids])
         labels = input_ids.clone()
         labels[:, : len(prompt.prompt_ids)] = -100

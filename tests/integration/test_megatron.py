@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.needy_adapter import NEEDY
 from tests.integration.numbers_world import (
     CASES_SCRIPT,
     JOINT,
@@ -62,9 +63,19 @@ TWO_RANKS = [
     *frozen_and_joint("pp", PP),
     *frozen_and_joint("dp", DP),
     Case("tp_qwen3", "qwen3", "rnn", [*MEGATRON, TP, *TWO_ROWS]),
+    Case("tp_needy", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, NEEDY]),
+    Case("tp_no_sp_needy", "llama_untied", "lstm", [*MEGATRON, TP, NO_SP, *TWO_ROWS, *PADDED, NEEDY]),
+    Case("tp_needy_joint", "llama_untied", "lstm", [*MEGATRON, TP, *PACKED, *JOINT, NEEDY]),
+    Case("tp_no_sp_needy_joint", "qwen2", "lstm", [*MEGATRON, TP, NO_SP, *TWO_ROWS, *PADDED, *JOINT, NEEDY]),
+    Case("pp_needy", "qwen2", "lstm", [*MEGATRON, PP, *PACKED, NEEDY]),
+    Case("dp_needy_joint", "qwen2", "lstm", [*MEGATRON, DP, *TWO_ROWS, *PADDED, *JOINT, NEEDY]),
     Case("pp_joint_detached", "qwen2", "lstm", [*MEGATRON, PP, *PACKED, *JOINT, "model.detach_hidden_states=true"]),
 ]
-FOUR_RANKS = [*frozen_and_joint("tp_pp", TP, PP), *frozen_and_joint("tp_dp", TP, DP)]
+FOUR_RANKS = [
+    *frozen_and_joint("tp_pp", TP, PP),
+    *frozen_and_joint("tp_dp", TP, DP),
+    Case("tp_pp_needy", "llama_untied", "lstm", [*MEGATRON, TP, PP, *TWO_ROWS, *PADDED, NEEDY]),
+]
 BF16_CASES = [Case("tp_bf16", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, "engine.model_dtype=bf16"])]
 TRAINED = [
     Case("steps_tp", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, *TRAINING], steps=True),

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from tests.integration.megatron_layout import forget_megatron_layout
 from verl_speculator.platforms import cpu
-from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.devices import apply_device
-from verl_speculator.trainer.preflight import check_run
+from verl_speculator.trainer.config.compose import load_config
+from verl_speculator.trainer.config.devices import apply_device
+from verl_speculator.trainer.config.preflight import check_run
 from verl_speculator.trainer.sft_trainer import SpeculatorSFTTrainer
 
 if __name__ == "__main__":

@@ -1,33 +1,59 @@
-"""The adapter of speculators that draft as :class:`Speculator` does: one head after the other."""
+"""The adapter of speculators that draft as a chain of heads: `ChainSpeculator`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from verl_speculator.adapters.interface import SpeculatorAdapter
-from verl_speculator.adapters.settings import base_model_sizes, build_config, own_settings
-from verl_speculator.losses import PackedHiddenStates, acceptance_sums, head_inputs, speculator_loss
-from verl_speculator.models import Speculator, SpeculatorConfig
+from verl_speculator.adapters.needs import AdapterNeeds
+from verl_speculator.adapters.settings import SECTION, SHARED_DEFAULTS, base_model_sizes, build_config, own_settings
+from verl_speculator.errors import ConfigError
+from verl_speculator.losses import (
+    Objective,
+    PackedHiddenStates,
+    acceptance_sums,
+    normalised_weights,
+    speculator_loss,
+)
+from verl_speculator.models import ChainSpeculator, ChainSpeculatorConfig
+
+_TRAINING_SETTINGS = ("objective", "objective_temperature", "head_loss_weights")
 
 
 class ChainSpeculatorAdapter(SpeculatorAdapter):
     """Needs a configuration class only: its fields are the settings, and its registered model is what trains.
 
-    A setting that is a field of ``config_class`` and not in the run's configuration file is given as
-    ``+model.speculator.KEY=VALUE``.
+    A setting that is a field of `config_class` and not in the run's configuration file is given as
+    `+model.speculator.KEY=VALUE`. What the speculator learns from is set the same way for all of them: `objective`,
+    `objective_temperature` and `head_loss_weights`.
     """
 
-    config_class: ClassVar[type[SpeculatorConfig]]
+    config_class: ClassVar[type[ChainSpeculatorConfig]]
+    speculator_class: ClassVar[type[ChainSpeculator]] = ChainSpeculator  # type: ignore[type-abstract]
+
+    speculator: ChainSpeculator
 
     def validate_settings(self) -> None:
         # The base's sizes are not known yet; any positive ones let the other values be checked.
-        self._build_config(input_hidden_dim=1, vocab_size=1)
+        config = self._build_config(input_hidden_dim=1, vocab_size=1)
+        given = self._setting("objective")
+        weights = given if isinstance(given, Mapping) else {given: 1.0}
+        self._head_loss_weights = self._setting("head_loss_weights")
+        try:
+            self._objective = Objective(weights, self._setting("objective_temperature"))
+            normalised_weights(self._head_loss_weights, config.n_predict)
+        except ConfigError as error:
+            raise ConfigError(f"{SECTION}.{error}") from error
 
-    def build_speculator_module(self, model: nn.Module) -> Speculator:
+    @property
+    def needs(self) -> AdapterNeeds:
+        return AdapterNeeds(target_head_weight=self._objective.needs_target)
+
+    def build_speculator_module(self, model: nn.Module) -> ChainSpeculator:
         return self.speculator_class.from_config(self._build_config(**base_model_sizes(model)))
 
     def get_optimizer_params(self) -> Iterable[nn.Parameter]:
@@ -35,20 +61,22 @@ class ChainSpeculatorAdapter(SpeculatorAdapter):
 
     def compute_speculator_logits(self, packed: PackedHiddenStates) -> Tensor:
         """Teacher-forced with the batch's own tokens; a head that would read past the end has no meaningful logits."""
-        position_T = torch.arange(packed.num_tokens, device=packed.input_ids.device)
-        state = self.speculator.begin(packed.hidden_states)
-        logits = []
-        for head in range(self.speculator.n_predict):
-            state, output_TD = self.speculator.step(state, head_inputs(packed.input_ids, position_T, head), head)
-            logits.append(output_TD @ self.speculator.head_weight(head).T)
-        return torch.stack(logits)
+        # The batch as one long sequence: a chain looks at one position only, and never across a boundary.
+        tokens_T = F.pad(packed.input_ids[1:], (0, self.speculator.n_predict))
+        return self.speculator(packed.hidden_states.unsqueeze(0), tokens_T.unsqueeze(0)).squeeze(1)
 
     def compute_speculator_loss(self, packed: PackedHiddenStates) -> tuple[Tensor, dict[str, Tensor]]:
-        output = speculator_loss(self.speculator, packed)
+        output = speculator_loss(
+            self.speculator, packed, objective=self._objective, head_loss_weights=self._head_loss_weights
+        )
         return output.loss, output.metrics
 
     def measure_acceptance(self, packed: PackedHiddenStates) -> dict[str, Tensor]:
         return acceptance_sums(self.speculator, packed)
 
-    def _build_config(self, **sizes: Any) -> SpeculatorConfig:
-        return build_config(self.config_class, own_settings(self.config_class, self.settings), **sizes)
+    def _build_config(self, **sizes: Any) -> ChainSpeculatorConfig:
+        own = own_settings(self.config_class, self.settings, also=_TRAINING_SETTINGS)
+        return build_config(self.config_class, own, **sizes)
+
+    def _setting(self, key: str) -> Any:
+        return self.settings.get(key, SHARED_DEFAULTS[key])

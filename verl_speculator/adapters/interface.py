@@ -28,15 +28,15 @@ ADAPTER_KEY = "model.speculator_adapter"
 
 
 class SpeculatorAdapter(ABC):
-    """One speculator type: how it is built from ``model.speculator``, and its loss on a packed batch.
+    """One speculator type: how it is built from `model.speculator`, and its loss on a packed batch.
 
-    An adapter knows nothing of engines, ranks or padding: it sees :class:`PackedHiddenStates` only. The engine sets
-    :attr:`speculator` to what :meth:`build_speculator_module` returned, or to the one loaded from
-    ``model.speculator_path``, and shards its parameters in place.
+    An adapter knows nothing of engines, ranks or padding: it sees `PackedHiddenStates` only. The engine sets
+    `speculator` to what `build_speculator_module` returned, or to the one loaded from
+    `model.speculator_path`, and shards its parameters in place.
 
     Attributes:
-        settings: ``model.speculator``, as given by the user over the defaults.
-        speculator_class: what may be loaded from ``model.speculator_path``; anything if a subclass does not say.
+        settings: `model.speculator`, as given by the user over the defaults.
+        speculator_class: What may be loaded from `model.speculator_path`; anything if a subclass does not say.
     """
 
     speculator_class: ClassVar[type[Speculator]] = Speculator  # type: ignore[type-abstract]
@@ -48,11 +48,11 @@ class SpeculatorAdapter(ABC):
         self.validate_settings()
 
     def validate_settings(self) -> None:  # noqa: B027 - nothing to check is a right answer
-        """Raise :class:`ConfigError` naming the key if :attr:`settings` cannot work. No model is loaded yet."""
+        """Raise `ConfigError` naming the key if `settings` cannot work. No model is loaded yet."""
 
     @abstractmethod
     def build_speculator_module(self, model: nn.Module) -> Speculator:
-        """A freshly initialised speculator for this base model (a Hugging Face model; its ``config`` has the sizes)."""
+        """A freshly initialised speculator for this base model (a Hugging Face model; its `config` has the sizes)."""
 
     @abstractmethod
     def get_optimizer_params(self) -> Iterable[nn.Parameter] | Iterable[dict[str, Any]]:
@@ -60,30 +60,30 @@ class SpeculatorAdapter(ABC):
 
     @abstractmethod
     def compute_speculator_logits(self, packed: PackedHiddenStates) -> Tensor:
-        """Logits ``[n_predict, T, V]`` at every position, for small inputs: tests and evaluation."""
+        """Logits `[n_predict, T, V]` at every position, for small inputs: tests and evaluation."""
 
     @abstractmethod
     def compute_speculator_loss(self, packed: PackedHiddenStates) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss (a scalar with gradient) and metrics as sums and counts.
 
-        With ``packed.head_counts`` set, the losses of all micro-batches and ranks must add up to the loss of the global
-        batch: divide by those counts and not by this batch's. Metrics ending in ``_sum`` are divided by their
-        ``count`` once, after everything has been added up.
+        With `packed.head_counts` set, the losses of all micro-batches and ranks must add up to the loss of the global
+        batch: divide by those counts and not by this batch's. Metrics ending in `_sum` are divided by their
+        `count` once, after everything has been added up.
         """
 
     @property
     def needs(self) -> AdapterNeeds:
-        """What the engine has to provide; read once :attr:`speculator` is set, on which it may depend."""
+        """What the engine has to provide; read once `speculator` is set, on which it may depend."""
         return AdapterNeeds()
 
     def count_trained_positions(self, input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """``[n_predict]``: positions that train each head, for the division above."""
+        """`[n_predict]`: positions that train each head, for the division above."""
         return count_trained_positions(loss_mask, cu_seqlens, self.speculator.n_predict)
 
     def measure_acceptance(self, packed: PackedHiddenStates) -> dict[str, Tensor]:
         """What decoding along these sequences would accept, as sums; runs in validation only.
 
-        ``packed.lm_head_weight`` is set where the base's distribution is ``softmax(hidden_states @ lm_head_weight.T)``.
+        `packed.lm_head_weight` is set where the base's distribution is `softmax(hidden_states @ lm_head_weight.T)`.
         An adapter that cannot tell leaves it empty.
         """
         return {}
@@ -95,16 +95,19 @@ class SpeculatorAdapter(ABC):
 
 
 def build_speculator_adapter(spec: Any, settings: Mapping[str, Any]) -> SpeculatorAdapter:
-    """The adapter that ``model.speculator_adapter`` names, built with the settings of ``model.speculator``.
+    """The adapter that `model.speculator_adapter` names, built with the settings of `model.speculator`.
 
-    :param spec: a dotted name, ``{"fqn": dotted name}``, or ``{"path": file, "name": class}``
-    :raises ConfigError: the name does not import, is not an adapter, or the settings do not fit it
+    Args:
+        spec: A dotted name, `{"fqn": dotted name}`, or `{"path": file, "name": class}`.
+
+    Raises:
+        ConfigError: The name does not import, is not an adapter, or the settings do not fit it.
     """
     return load_adapter_class(spec)(settings)
 
 
 def load_adapter_class(spec: Any) -> type[SpeculatorAdapter]:
-    """Find the class without building it; errors as in :func:`build_speculator_adapter`."""
+    """Find the class without building it; errors as in `build_speculator_adapter`."""
     if isinstance(spec, str):
         name, found = spec, _import_name(spec)
     elif isinstance(spec, Mapping) and set(spec) == {"fqn"}:

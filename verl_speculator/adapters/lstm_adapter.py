@@ -1,4 +1,4 @@
-"""Adapter of the Arctic family: ``sum_rnn`` and ``sum_lstm``."""
+"""Adapter of the Arctic family: `sum_rnn` and `sum_lstm`."""
 
 from __future__ import annotations
 

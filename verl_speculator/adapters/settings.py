@@ -1,15 +1,14 @@
-"""Turning ``model.speculator`` into a speculator's configuration, with errors that name the key a user typed."""
+"""Turning `model.speculator` into a speculator's configuration, with errors that name the key a user typed."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
 
-from verl_speculator.errors import ConfigError
+from verl_speculator.errors import ConfigError, nearest_name
 from verl_speculator.models import SpeculatorConfig
 
 SECTION = "model.speculator"
@@ -25,39 +24,43 @@ SHARED_DEFAULTS: Mapping[str, Any] = {
     "tie_weights": True,
     "tie_lstm_embs": False,
     "method": "sum_rnn",
+    "objective": "ce",
+    "objective_temperature": 1.0,
+    "head_loss_weights": None,
 }
 # Fields of a speculator's configuration that come from the base model.
 _BASE_FIELDS = ("input_hidden_dim", "vocab_size", "base_model_name_or_path", "base_model_archs")
 
 
-def own_settings(config_class: type[SpeculatorConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings that ``config_class`` has a field for.
+def own_settings(
+    config_class: type[SpeculatorConfig], settings: Mapping[str, Any], also: Collection[str] = ()
+) -> dict[str, Any]:
+    """Those settings that `config_class` has a field for.
 
-    :raises ConfigError: a key that it does not have, unless that is a shared one which nobody has given a meaning:
-        left at its default, or a width made equal to ``inner_dim``
+    Args:
+        also: Settings that mean something to the adapter and are no part of the configuration.
+
+    Raises:
+        ConfigError: A key that it does not have, with the nearest that it has; unless that is a shared one which
+            nobody has given a meaning: left at its default, or a width made equal to `inner_dim`.
     """
     known = [field.name for field in dataclasses.fields(config_class) if field.name not in _BASE_FIELDS]
-    check_keys(settings, (*known, *SHARED_DEFAULTS))
+    accepted = {*known, *also, *SHARED_DEFAULTS}
+    for key in settings:
+        if key not in accepted:
+            near = nearest_name(key, accepted, cutoff=0.5)
+            hint = f"; did you mean {SECTION}.{near}?" if near else f"; it has {', '.join(sorted(accepted))}"
+            raise ConfigError(f"{SECTION}.{key} is not a setting of this speculator{hint}")
     for key, default in SHARED_DEFAULTS.items():
         value = settings.get(key, default)
         follows_inner_dim = key.endswith("_dim") and "inner_dim" in known and value == settings.get("inner_dim")
-        if key not in known and value != default and not follows_inner_dim:
+        if key not in (*known, *also) and value != default and not follows_inner_dim:
             raise ConfigError(f"{SECTION}.{key} is not a setting of this speculator: leave it out")
     return {key: value for key, value in settings.items() if key in known}
 
 
-def check_keys(settings: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise :class:`ConfigError` with the nearest right name for the first key that is not known."""
-    names = list(known)
-    for key in settings:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-            hint = f"; did you mean {SECTION}.{near[0]}?" if near else f"; it has {', '.join(sorted(set(names)))}"
-            raise ConfigError(f"{SECTION}.{key} is not a setting of this speculator{hint}")
-
-
 def build_config(config_class: type[ConfigT], settings: Mapping[str, Any], **sizes: Any) -> ConfigT:
-    """``config_class(**settings, **sizes)``, whose errors then name the full key."""
+    """`config_class(**settings, **sizes)`, whose errors then name the full key."""
     try:
         return config_class(**settings, **sizes)
     except ConfigError as error:

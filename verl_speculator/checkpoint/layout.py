@@ -1,7 +1,5 @@
 """Where checkpoints lie, and how one appears all at once or not at all.
 
-::
-
     <trainer.default_local_dir>/
         latest_checkpointed_iteration.txt      verl's name for the file that holds the newest step
         global_step_N/
@@ -12,7 +10,7 @@
 
 A checkpoint is written to a hidden folder beside its final place. When every process has finished, a commit record
 with its step is written, the folder is renamed and the record becomes the tracker file. A run killed after the record
-was written has a checkpoint that is complete, and :func:`clean_up` ends the commit; one killed before has none.
+was written has a checkpoint that is complete, and `clean_up` ends the commit; one killed before has none.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ import zlib
 from pathlib import Path
 
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
+from verl_speculator.models.serialization import SUBFOLDER
 
-SPECULATOR_FOLDER = "speculator"
 BASE_FOLDER = "huggingface"
 RESUME_FOLDER = "resume"
 RUN_CONFIG_FILE = "run_config.yaml"
@@ -54,7 +52,7 @@ def step_of(folder: str | os.PathLike[str]) -> int:
 
 
 def open_staging(root: str | os.PathLike[str], step: int) -> Path:
-    """An empty folder in which to write the checkpoint of ``step``; what a killed run left there is removed."""
+    """An empty folder in which to write the checkpoint of `step`; what a killed run left there is removed."""
     staging = staging_folder(root, step)
     if staging.exists():
         shutil.rmtree(staging)
@@ -86,7 +84,7 @@ def clean_up(root: str | os.PathLike[str]) -> None:
 
 
 def keep_newest(root: str | os.PathLike[str], newest_step: int, keep: int | None) -> None:
-    """Remove all but the ``keep`` newest checkpoints up to ``newest_step``; None or less than 1 keeps all."""
+    """Remove all but the `keep` newest checkpoints up to `newest_step`; None or less than 1 keeps all."""
     if not keep or keep < 1:
         return
     older = [step for step in complete_steps(root) if step <= newest_step]
@@ -95,13 +93,14 @@ def keep_newest(root: str | os.PathLike[str], newest_step: int, keep: int | None
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
-    return (Path(folder) / SPECULATOR_FOLDER / "config.json").is_file() and (Path(folder) / RESUME_FOLDER).is_dir()
+    return (Path(folder) / SUBFOLDER / "config.json").is_file() and (Path(folder) / RESUME_FOLDER).is_dir()
 
 
 def check_intact(folder: str | os.PathLike[str]) -> None:
     """Read every file that resuming needs and compare it with what was written.
 
-    :raises CheckpointError: one is missing, cut short or changed
+    Raises:
+        CheckpointError: one is missing, cut short or changed.
     """
     advice = f"remove {folder} to go on from the checkpoint before it"
     try:
@@ -136,7 +135,7 @@ def latest_checkpoint(root: str | os.PathLike[str]) -> Path | None:
 
 
 def find_resume_path(root: str | os.PathLike[str], mode: str, path: str | None) -> Path | None:
-    """The checkpoint that ``trainer.resume_mode`` and ``trainer.resume_from_path`` ask for; None starts afresh."""
+    """The checkpoint that `trainer.resume_mode` and `trainer.resume_from_path` ask for; None starts afresh."""
     if mode not in ("auto", "disable", "resume_path"):
         raise ConfigError(f"trainer.resume_mode must be auto, disable or resume_path, got {mode!r}")
     if mode == "disable":
@@ -152,7 +151,7 @@ def find_resume_path(root: str | os.PathLike[str], mode: str, path: str | None) 
     if not is_complete(folder):
         raise CheckpointError(
             f"trainer.resume_from_path: {str(folder)!r} is no complete checkpoint; "
-            f"one has the folders {SPECULATOR_FOLDER} and {RESUME_FOLDER}"
+            f"one has the folders {SUBFOLDER} and {RESUME_FOLDER}"
         )
     return folder
 
@@ -183,7 +182,7 @@ def _move_aside(root: str | os.PathLike[str], step: int) -> Path:
 
 
 def _write_checksums(folder: Path) -> None:
-    files = (file for part in (SPECULATOR_FOLDER, RESUME_FOLDER) for file in sorted((folder / part).rglob("*")))
+    files = (file for part in (SUBFOLDER, RESUME_FOLDER) for file in sorted((folder / part).rglob("*")))
     sums = {str(file.relative_to(folder)): (file.stat().st_size, _crc32(file)) for file in files if file.is_file()}
     (folder / CHECKSUMS_FILE).write_text(json.dumps(sums, indent=2) + "\n")
 

@@ -22,9 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from verl_speculator.checkpoint.layout import RESUME_FOLDER, SPECULATOR_FOLDER
+from verl_speculator.checkpoint.layout import RESUME_FOLDER
 from verl_speculator.errors import CheckpointError
 from verl_speculator.models import Speculator
+from verl_speculator.models.serialization import SUBFOLDER
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _OPTIMIZER_FOLDER = "optimizer"
@@ -42,7 +43,7 @@ def save_speculator(folder: Path, speculator: Speculator, unit: nn.Module, prefi
     whole = whole_state_dict(unit)
     if dist.get_rank() == 0:
         own = {name.removeprefix(prefix): tensor for name, tensor in whole.items()}
-        speculator.save_pretrained(folder / SPECULATOR_FOLDER, state_dict=own)
+        speculator.save_pretrained(folder / SUBFOLDER, state_dict=own)
 
 
 def load_speculator(folder: Path, unit: nn.Module, prefix: str) -> None:

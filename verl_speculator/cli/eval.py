@@ -7,10 +7,11 @@ import importlib.util
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from verl_speculator.base_model.settings import DEVICE_MAPS, DTYPES
 from verl_speculator.errors import ConfigError, MissingFileError, SpeculatorError
-from verl_speculator.evaluation.settings import DRAFT_SAMPLING, DTYPES, EvaluationInput, EvaluationSettings
+from verl_speculator.evaluation.settings import DRAFT_SAMPLING, EvaluationInput, EvaluationSettings
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -82,20 +83,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.draft_sampling,
         help="how the speculator drafts when the target samples (default: %(default)s)",
     )
-    how.add_argument(
+    add_load_arguments(parser.add_argument_group("how to load the base"))
+
+
+def add_load_arguments(group: Any) -> None:
+    """The flags of `LoadSettings`, for every command that decodes."""
+    group.add_argument(
         "--dtype", choices=DTYPES, default=_DEFAULTS.dtype, help="auto: float32 on a CPU, else the base's own"
     )
-    how.add_argument(
+    group.add_argument(
         "--device", default=_DEFAULTS.device, help="such as cpu or cuda:0 (default: an accelerator if any)"
+    )
+    group.add_argument(
+        "--device-map",
+        choices=DEVICE_MAPS,
+        help="spread the base's layers over all accelerators (default: only if it does not fit on one)",
+    )
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a base on the hub")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
+    group.add_argument(
+        "--attn-implementation",
+        metavar="NAME",
+        help="such as eager, sdpa or flash_attention_2 (default: transformers')",
+    )
+
+
+def settings_of(args: argparse.Namespace) -> EvaluationSettings:
+    """Of a command whose flags have the names of its fields."""
+    return EvaluationSettings(
+        **{name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
     )
 
 
 def run(args: argparse.Namespace) -> None:
     from verl_speculator.evaluation.preflight import check_input, check_report_folder
 
-    settings = EvaluationSettings(
-        **{name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
-    )
+    settings = settings_of(args)
     given = EvaluationInput(
         base=args.base, speculators=tuple(args.speculator), data=tuple(args.data), chat_template=args.chat_template
     )

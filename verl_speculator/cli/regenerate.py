@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from verl_speculator.cli.eval import add_load_arguments, settings_of
 from verl_speculator.errors import ConfigError
-from verl_speculator.evaluation.settings import DTYPES, EvaluationInput, EvaluationSettings
+from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings
 
 PURPOSE = "let the base model answer the training prompts itself"
 DESCRIPTION = """\
@@ -37,26 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template", type=Path, metavar="FILE", help="Jinja file to use instead of the base's own"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: float32 on a CPU, else the base's own")
-    parser.add_argument("--device", default="auto", help="such as cpu or cuda:0 (default: an accelerator if any)")
+    add_load_arguments(parser.add_argument_group("how to load the base"))
 
 
 def run(args: argparse.Namespace) -> None:
     from verl_speculator.evaluation.preflight import check_input
 
     given = EvaluationInput(args.base, (), tuple(args.data), args.chat_template)
-    shared = (
-        "max_new_tokens",
-        "batch_size",
-        "temperature",
-        "top_p",
-        "top_k",
-        "seed",
-        "messages_key",
-        "dtype",
-        "device",
-    )
-    settings = EvaluationSettings(**{name: getattr(args, name) for name in shared})
+    # Most flags are those of an evaluation, and mean the same.
+    settings = settings_of(args)
     if args.limit is not None and args.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {args.limit}")
     if not args.output.absolute().parent.is_dir():
@@ -70,22 +60,24 @@ def run(args: argparse.Namespace) -> None:
 def _answer(args: argparse.Namespace, given: EvaluationInput, settings: EvaluationSettings) -> Any:
     from tqdm import tqdm
 
+    from verl_speculator.base_model.loading import (
+        explain_out_of_memory,
+        load_target,
+        load_tokenizer_and_config,
+        pick_device,
+    )
     from verl_speculator.data.regeneration import RegenerationSettings, regenerate_answers
     from verl_speculator.decoding import SamplingParams
-    from verl_speculator.evaluation.memory import explain_out_of_memory
-    from verl_speculator.evaluation.target import check_sizes, load_config, load_target, load_tokenizer, pick_device
 
     sampling = SamplingParams(args.temperature, args.top_p, args.top_k)
     regeneration = RegenerationSettings(
         args.max_new_tokens, args.batch_size, sampling, args.seed, messages_key=args.messages_key
     )
-    device, tokenizer = pick_device(args.device), load_tokenizer(given)
-    if not tokenizer.chat_template:
-        raise ConfigError("--base: its tokenizer has no chat template; give one with --chat-template FILE")
-    check_sizes(load_config(given), tokenizer, [], given.base)
-    with explain_out_of_memory("loading the base model", settings, "use --dtype bfloat16 or a larger device"):
-        target = load_target(given, settings, tokenizer, device)
-    with tqdm(desc="Answering", unit="chat") as bar, explain_out_of_memory("answering", settings):
+    pick_device(args.device)  # one that is not there is said before anything is read
+    tokenizer, _ = load_tokenizer_and_config(given.base, settings, given.chat_template)
+    with explain_out_of_memory("loading the base model", "use --dtype bfloat16 or a larger device"):
+        target = load_target(given.base, settings, tokenizer)
+    with tqdm(desc="Answering", unit="chat") as bar, explain_out_of_memory("answering", settings.memory_advice):
 
         def report(done: int, total: int) -> None:
             bar.total = total

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from omegaconf import OmegaConf
 
-    from verl_speculator.trainer.configuration import load_config
+    from verl_speculator.trainer.config.compose import load_config
     from verl_speculator.trainer.launch import launch
 
     overrides = [*args.overrides, *args.rest]

@@ -31,7 +31,7 @@ class ResumableSampler(DistributedSampler):
 
 
 class PaddedEvaluation(Dataset):
-    """A dataset made divisible by ``multiple`` with repeats of its rows that have an empty loss mask.
+    """A dataset made divisible by `multiple` with repeats of its rows that have an empty loss mask.
 
     Every rank then gets the same number of rows, none is left out, and the repeats count for nothing.
     """

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from verl_speculator.base_model.loading import stop_tokens
+from verl_speculator.data.chats import Chat, Message, read_chats
+from verl_speculator.data.prompts import encode_prompt, left_pad
 from verl_speculator.decoding import SamplingParams, generate
 from verl_speculator.errors import ConfigError, DataError
-
-Message = dict[str, Any]
 
 _KEY_FILE = "key.json"
 
@@ -54,10 +55,11 @@ class Regenerated:
 
 
 @dataclass
-class _Chat:
-    """A conversation without its answers: `answered` is what has been said so far, `asked` what is still to come."""
+class _Conversation:
+    """A chat without its answers: `answered` is what has been said so far, `asked` what is still to come."""
 
-    row: int
+    row: int  # over all files
+    where: str
     answered: list[Message]
     asked: list[list[Message]]  # what leads up to each answer that is to be given
     num_tokens: int = 0
@@ -81,11 +83,10 @@ def regenerate_answers(
     unfinished is gone on with; what one with others left is made anew. `report` is called with the chats done and all.
 
     Raises:
-        DataError: a row that is not a list of messages, or has nothing to answer.
+        DataError: A row that is not a list of messages, or has nothing to answer.
     """
-    chats = list(_read_chats(files, settings.messages_key, limit))
-    if not chats:
-        raise DataError(f"{', '.join(map(str, files))}: there is no chat to answer")
+    read = read_chats([str(file) for file in files], settings.messages_key, limit)
+    chats = [_without_answers(row, chat) for row, chat in enumerate(read)]
     # Prompts of like length together need little padding; the longest first, so that running out of memory shows early.
     order = sorted(range(len(chats)), key=lambda i: -sum(len(str(turn["content"])) for turn in chats[i].asked[0]))
     batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
@@ -103,82 +104,43 @@ def regenerate_answers(
     return _collect(parts, len(batches), output, settings.messages_key)
 
 
-def _read_chats(files: Sequence[str | Path], messages_key: str, limit: int | None) -> Iterator[_Chat]:
-    row = 0
-    for file in files:
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=256, columns=[messages_key]):
-                for messages in batch.column(0).to_pylist():
-                    if limit is not None and row == limit:
-                        return
-                    yield _without_answers(row, messages, f"{str(file)!r}, chat {row}")
-                    row += 1
-
-
-def _without_answers(row: int, messages: Any, place: str) -> _Chat:
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) and "role" in turn for turn in messages):
-        raise DataError(f"{place}, is not a list of {{role, content}} messages")
+def _without_answers(row: int, chat: Chat) -> _Conversation:
     asked: list[list[Message]] = [[]]
-    for turn in messages:
+    for turn in chat.asked:
         if turn["role"] == "assistant":
             asked.append([])
         else:
-            # parquet fills the keys that only some messages have.
-            asked[-1].append({key: value for key, value in turn.items() if value is not None})
-    if not asked[-1]:
-        asked.pop()
-    if not asked or not all(asked):
-        raise DataError(f"{place}, has an assistant turn with nothing before it to answer")
-    return _Chat(row, [], asked)
+            asked[-1].append(turn)
+    if not all(asked):
+        raise DataError(f"--data: {chat.where}, has an assistant turn with nothing before it to answer")
+    return _Conversation(row, chat.where, [], asked)
 
 
 def _answer(
-    model: Any, tokenizer: Any, chats: list[_Chat], settings: RegenerationSettings, generator: torch.Generator
+    model: Any, tokenizer: Any, chats: list[_Conversation], settings: RegenerationSettings, generator: torch.Generator
 ) -> None:
     """Answer every question of the chats, turn by turn, all chats of a turn at once."""
+    ends = stop_tokens(model, tokenizer)
     while pending := [chat for chat in chats if chat.asked]:
         for chat in pending:
             chat.answered += chat.asked.pop(0)
-        input_ids, attention_mask = encode_prompts(tokenizer, [chat.answered for chat in pending])
-        stop_tokens = _stop_tokens(model, tokenizer)
+        prompts = [encode_prompt(tokenizer, chat.answered, chat.where)[1] for chat in pending]
         result = generate(
             model,
-            input_ids.to(model.device),
-            attention_mask.to(model.device),
+            *left_pad(prompts, tokenizer, model.device),
             max_new_tokens=settings.max_new_tokens,
             sampling=settings.sampling,
-            eos_token_id=stop_tokens,
+            eos_token_id=ends,
             generator=None if settings.sampling.is_greedy else generator,
         )
         for chat, tokens in zip(pending, result.tokens, strict=True):
             content = tokenizer.decode(tokens, skip_special_tokens=True)
             chat.answered.append({"role": "assistant", "content": content})
             chat.num_tokens += len(tokens)
-            chat.num_cut += tokens[-1] not in stop_tokens
+            chat.num_cut += tokens[-1] not in ends
 
 
-def encode_prompts(tokenizer: Any, conversations: Sequence[list[Message]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`input_ids` and `attention_mask` [B, S] of conversations up to where the answer begins, padded on the left."""
-    texts = tokenizer.apply_chat_template(list(conversations), tokenize=False, add_generation_prompt=True)
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    longest = max(map(len, rows))
-    # Padding is masked out: any token of the vocabulary does for a tokenizer without one.
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    attention_mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return input_ids, attention_mask
-
-
-def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
-    named = getattr(model.generation_config, "eos_token_id", None)
-    return {
-        token
-        for token in (*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id)
-        if token is not None
-    }
-
-
-def _key(model: Any, tokenizer: Any, chats: Sequence[_Chat], settings: RegenerationSettings) -> str:
+def _key(model: Any, tokenizer: Any, chats: Sequence[_Conversation], settings: RegenerationSettings) -> str:
     """What decides the answers: two runs with the same key may share their parts."""
     described = [asdict(settings), str(tokenizer.chat_template), [chat.asked for chat in chats], str(model.config)]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())

@@ -1,6 +1,6 @@
 """Reference decoding on a Hugging Face model, plain and speculative, and the arithmetic of acceptance."""
 
-from verl_speculator.decoding.drafters import Draft, DraftContext, Drafter, SpeculatorDrafter, check_speculator_fits
+from verl_speculator.decoding.drafters import Draft, DraftContext, Drafter, SpeculatorDrafter
 from verl_speculator.decoding.intervals import (
     Interval,
     acceptance_length_interval,
@@ -27,7 +27,6 @@ __all__ = [
     "SpeculatorDrafter",
     "TargetForwards",
     "acceptance_length_interval",
-    "check_speculator_fits",
     "generate",
     "predicted_speedup",
     "ratio_interval",

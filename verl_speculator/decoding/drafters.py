@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from verl_speculator.decoding.sampling import SamplingParams, sample
 from verl_speculator.errors import ConfigError
-from verl_speculator.models import Speculator
+from verl_speculator.models import ChainSpeculator
 
 DraftSampling = Literal["greedy", "random"]
 
 
 @dataclass(frozen=True)
 class DraftContext:
-    """What a drafter may look at: the rows being decoded, after their last token became known."""
+    """What a drafter may look at: the rows being decoded, after their last token became known.
 
-    hidden_states: Tensor  # [B, H], the input of lm_head that predicted the last token
-    tokens: Tensor  # [B, L] prompt and generated tokens, padded on the left; the last column is the last token
-    lengths: Tensor  # [B] how many of the L are tokens and not padding
+    Attributes:
+        hidden_states: [B, H], the input of `lm_head` that predicted the last token.
+        tokens: [B, L], prompt and generated tokens, padded on the left; the last column is the last token.
+        lengths: [B], how many of the L are tokens and not padding.
+    """
+
+    hidden_states: Tensor
+    tokens: Tensor
+    lengths: Tensor
 
     @property
     def last_token(self) -> Tensor:
@@ -35,11 +40,16 @@ class Draft:
 
     Without `probabilities` the tokens count as certain (a one-hot distribution), which is what greedy drafts and copied
     text are. With them, each token must have been sampled from its own: sampling stays exact only then.
+
+    Attributes:
+        tokens: [B, k], int64.
+        lengths: [B], how many of the k each row proposes; None for all of them.
+        probabilities: [B, k, V].
     """
 
-    tokens: Tensor  # [B, k] int64
-    lengths: Tensor | None = None  # [B], how many of the k each row proposes; None: all of them
-    probabilities: Tensor | None = None  # [B, k, V]
+    tokens: Tensor
+    lengths: Tensor | None = None
+    probabilities: Tensor | None = None
 
 
 @runtime_checkable
@@ -57,7 +67,7 @@ class Drafter(Protocol):
 
 
 class GreedyDraftHead(Protocol):
-    """The part of `Speculator` that greedy drafts need."""
+    """The part of `ChainSpeculator` that greedy drafts need."""
 
     n_predict: int
 
@@ -75,36 +85,31 @@ class SpeculatorDrafter:
         """`sampling` None, or its temperature 0, means greedy drafts.
 
         Raises:
-            ConfigError: sampled drafts of something that has no distribution.
+            ConfigError: Sampled drafts of something that has no distribution.
         """
         self.speculator = speculator
         self.sampling = None if sampling is None or sampling.is_greedy else sampling
-        if self.sampling and not isinstance(speculator, Speculator):
-            raise ConfigError(f'draft_sampling="random" needs a Speculator, and {_name(speculator)} is none.')
+        if self.sampling and not isinstance(speculator, ChainSpeculator):
+            raise _not_random(speculator)
 
     @property
     def max_draft_tokens(self) -> int:
         return self.speculator.n_predict
 
     def propose(self, context: DraftContext, num_tokens: int, generator: torch.Generator | None) -> Draft:
-        if self.sampling is None:
-            return Draft(self.speculator.draft(context.hidden_states, context.last_token, num_tokens))
-        return self._sampled(context, num_tokens, self.sampling, generator)
+        hidden, last, sampling = context.hidden_states, context.last_token, self.sampling
+        if sampling is None:
+            return Draft(self.speculator.draft(hidden, last, num_tokens))
+        distributions: list[Tensor] = []
 
-    def _sampled(
-        self, context: DraftContext, num_tokens: int, sampling: SamplingParams, generator: torch.Generator | None
-    ) -> Draft:
-        speculator = self.speculator
-        assert isinstance(speculator, Speculator)
-        state = speculator.begin(context.hidden_states.to(speculator.head_weight(0).dtype))
-        token, tokens, probabilities = context.last_token, [], []
-        for head_index in range(num_tokens):
-            state, output = speculator.step(state, token, head_index)
-            distribution = sampling.probabilities(F.linear(output, speculator.head_weight(head_index)))
-            token = sample(distribution, generator)
-            tokens.append(token)
-            probabilities.append(distribution)
-        return Draft(torch.stack(tokens, dim=1), probabilities=torch.stack(probabilities, dim=1))
+        def choose(logits: Tensor) -> Tensor:
+            # Kept for verification, which is exact only with the distribution that a draft was drawn from.
+            distributions.append(sampling.probabilities(logits))
+            return sample(distributions[-1], generator)
+
+        assert isinstance(self.speculator, ChainSpeculator)
+        tokens = self.speculator.draft(hidden, last, num_tokens, choose)
+        return Draft(tokens, probabilities=torch.stack(distributions, dim=1))
 
 
 def as_drafter(drafter: GreedyDraftHead | Drafter, sampling: SamplingParams, draft_sampling: DraftSampling) -> Drafter:
@@ -118,20 +123,9 @@ def as_drafter(drafter: GreedyDraftHead | Drafter, sampling: SamplingParams, dra
     if not isinstance(drafter, Drafter):
         return SpeculatorDrafter(drafter, sampling if draft_sampling == "random" else None)
     if draft_sampling == "random" and not isinstance(drafter, SpeculatorDrafter):
-        raise ConfigError(f'draft_sampling="random" needs a Speculator, and {_name(drafter)} is none.')
+        raise _not_random(drafter)
     return drafter
 
 
-def check_speculator_fits(model: Any, speculator: object) -> None:
-    """Refuse a speculator of another base model, as far as sizes can tell; `model` is a Hugging Face causal model.
-
-    Raises:
-        ConfigError: the hidden size or the vocabulary differs.
-    """
-    if isinstance(speculator, Speculator):
-        vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-        speculator.config.check_fits_base(hidden_size, vocab_size)
-
-
-def _name(drafter: object) -> str:
-    return f"a {type(drafter).__name__}"
+def _not_random(drafter: object) -> ConfigError:
+    return ConfigError(f'draft_sampling="random" needs a Speculator, and a {type(drafter).__name__} is none.')

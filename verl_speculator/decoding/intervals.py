@@ -28,8 +28,9 @@ def ratio_interval(
     are alike. The same seed gives the same interval.
 
     Raises:
-        ValueError: nothing to divide by.
+        ValueError: Nothing to divide by.
     """
+    # Not by scipy: its import takes longer than all of this, and one resample without a draft makes its interval NaN.
     values = torch.tensor([list(numerators), list(denominators)], dtype=torch.float64)
     if float(values[1].sum()) <= 0:
         raise ValueError("the denominators must add up to more than 0")

@@ -17,20 +17,14 @@ import torch
 from torch import Tensor
 
 from verl_speculator.decoding.batch import Batch, Limits, Transcript
-from verl_speculator.decoding.drafters import (
-    Draft,
-    Drafter,
-    DraftSampling,
-    GreedyDraftHead,
-    as_drafter,
-    check_speculator_fits,
-)
+from verl_speculator.decoding.drafters import Draft, Drafter, DraftSampling, GreedyDraftHead, as_drafter
 from verl_speculator.decoding.results import DecodingResult
 from verl_speculator.decoding.sampling import SamplingParams
 from verl_speculator.decoding.target import Target
 from verl_speculator.decoding.times import PhaseClock
 from verl_speculator.decoding.verification import verify
 from verl_speculator.errors import ConfigError, DataError
+from verl_speculator.models import Speculator
 
 GREEDY = SamplingParams()
 
@@ -78,7 +72,9 @@ def speculative_generate(
             whose past cannot take back a rejected token.
         DataError: prompts that are empty or not padded on the left.
     """
-    check_speculator_fits(model, drafter)
+    if isinstance(drafter, Speculator):
+        vocab_size, hidden_size = model.get_output_embeddings().weight.shape
+        drafter.config.check_fits_base(hidden_size, vocab_size)
     wrapped = as_drafter(drafter, sampling, draft_sampling)
     count = wrapped.max_draft_tokens if num_draft_tokens is None else num_draft_tokens
     if not 1 <= count <= wrapped.max_draft_tokens:

@@ -92,7 +92,8 @@ class Target:
         self.num_forwards += 1
         if len(self._hidden) != 1:
             raise _unsupported(self._model, "it does not call its lm_head once per forward pass")
-        return self._hidden.pop(), output.logits
+        # Where layers are spread over several devices, logits come back to the input's, but not what lm_head was given.
+        return self._hidden.pop().to(output.logits.device), output.logits
 
 
 def keep_slots(values: Tensor, rows: list[int], ends: list[int], width: int, dim: int) -> Tensor:

@@ -10,5 +10,4 @@ __all__ = ["FSDPEngineWithLMHeadAndSpeculator", "register_megatron"]
 
 def register_megatron() -> None:
     """Register the Megatron engine, which needs megatron-core, with verl."""
-    module = "megatron_on_cpu" if cpu.is_active() else "megatron"
-    importlib.import_module(f"verl_speculator.engine.{module}")
+    importlib.import_module(f"verl_speculator.engine.megatron.{'on_cpu' if cpu.is_active() else 'engine'}")

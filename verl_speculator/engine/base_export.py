@@ -15,15 +15,15 @@ from verl_speculator.checkpoint.training_state import whole_state_dict
 
 
 def save_base_model(folder: Path, module: nn.Module, model_config: Any) -> None:
-    """Gather the base model on rank 0 and write it, with its tokenizer, to ``huggingface/``."""
-    whole = whole_state_dict(module)
+    """Gather the base model on rank 0 and write it, with its tokenizer, to `huggingface/`."""
+    full = whole_state_dict(module)
     if dist.get_rank() != 0:
         return
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(
-            module.config, trust_remote_code=model_config.trust_remote_code, dtype=next(iter(whole.values())).dtype
+            module.config, trust_remote_code=model_config.trust_remote_code, dtype=next(iter(full.values())).dtype
         )
-    plain.save_pretrained(folder / BASE_FOLDER, state_dict=whole)
+    plain.save_pretrained(folder / BASE_FOLDER, state_dict=full)
     processor = model_config.get_processor()
     if processor is not None:
         processor.save_pretrained(folder / BASE_FOLDER)

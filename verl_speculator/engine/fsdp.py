@@ -1,84 +1,45 @@
 """verl's FSDP engine with a speculator beside its language model. Checked on verl 0.9.1.
 
-verl wraps the base model as ever. The speculator is an FSDP2 unit of its own on the same mesh, whatever wraps the
-base, so a frozen base has no part in the backward pass at all.
+verl wraps the base model as ever; the speculator is an FSDP2 unit on the same mesh.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine.base import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import EngineEvalModeCtx, EngineTrainModeCtx, FSDPEngineWithLMHead
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
-from verl_speculator.checkpoint.training_state import (
-    load_speculator,
-    load_training_state,
-    save_speculator,
-    save_training_state,
-)
 from verl_speculator.engine.base_export import save_base_model
 from verl_speculator.engine.hidden_states import (
-    LastHiddenStates,
     drop_padding,
-    gather_sequence,
+    output_embeddings,
+    record_layers,
     record_lm_head_input,
     replace_lm_head,
-    share_of_sequences,
-    share_of_targets,
 )
 from verl_speculator.engine.model_config import MODEL_TYPE
-from verl_speculator.engine.speculator_unit import PREFIX, SpeculatorUnit, build_speculator, shard
-from verl_speculator.engine.step_sums import StepSums
-from verl_speculator.engine.target_head import FrozenHead, gathered_head, plain_head
-from verl_speculator.losses import PackedHiddenStates
-
-
-class _TrainMode(EngineTrainModeCtx):
-    def __enter__(self) -> None:
-        super().__enter__()
-        self.engine.set_train_mode(True)
-
-
-class _EvalMode(EngineEvalModeCtx):
-    def __enter__(self) -> None:
-        super().__enter__()
-        self.engine.set_train_mode(False)
+from verl_speculator.engine.sequence_parallel import gather_sequence
+from verl_speculator.engine.speculator_engine import SpeculatorEngine, full_norm
+from verl_speculator.engine.target_head import FrozenHead, full_head_weight, why_not_plain
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
 @EngineRegistry.register(model_type=MODEL_TYPE, backend="fsdp2", device="cpu")
-class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
-    """Trains a speculator on a frozen base model, or both together (``model.freeze_base_model=false``).
-
-    ``infer_batch`` computes the same losses and metrics without training. A step's metrics are sums and counts over
-    the whole global batch, the same on every rank.
-    """
-
-    adapter: SpeculatorAdapter
-    speculator_unit: SpeculatorUnit
-    _hidden_states: LastHiddenStates
-    _frozen_head: FrozenHead | None = None
-    _sums: StepSums
-
-    @property
-    def is_base_frozen(self) -> bool:
-        return self.model_config.freeze_base_model
+class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
+    """Trains a speculator on a frozen base model, or both together (`model.freeze_base_model=false`)."""
 
     # Building: verl calls these in this order.
 
@@ -86,40 +47,34 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
         # verl's loader accepts its own two model types only.
         self.model_config.model_type = "language_model"
         try:
-            module = super()._build_module()
+            return super()._build_module()
         finally:
             self.model_config.model_type = MODEL_TYPE
-        self.adapter = build_speculator_adapter(self.model_config.speculator_adapter, self.model_config.speculator)
-        head = plain_head(module) if self.model_config.measure_sampled_acceptance else None
-        self._has_plain_head = head is not None
+
+    def _build_fsdp_module(self, module: Any) -> nn.Module:
+        precision = self.engine_config.mixed_precision or {}
+        self._compute_dtype = PrecisionType.to_dtype(
+            self.model_config.speculator_dtype or precision.get("param_dtype", "bf16")
+        )
+        head = output_embeddings(module)
+        self._build_speculator(module, self._why_no_target_weight_of(head))
+        if self._needs_frozen_head:
+            self._frozen_head = FrozenHead(head.weight)
         if self.is_base_frozen:
-            self._frozen_head = FrozenHead(head.weight) if head is not None else None
-            self._hidden_states = replace_lm_head(module)
+            replace_lm_head(module, self._seen)
             module.gradient_checkpointing_disable()
             module.requires_grad_(False)
         else:
-            self._hidden_states = record_lm_head_input(module)
-        self.adapter.speculator = build_speculator(
-            self.adapter, module, self.model_config.speculator_path, self.engine_config.seed
-        )
-        return module
-
-    def _build_fsdp_module(self, module: nn.Module) -> nn.Module:
+            record_lm_head_input(module, self._seen)
+        record_layers(module, self._needs.aux_hidden_state_layer_ids, self._seen)
         module = super()._build_fsdp_module(module)
-        self.speculator_unit = SpeculatorUnit(self.adapter)
-        self._compute_dtype, reduce_dtype = self._precision()
-        policy = MixedPrecisionPolicy(param_dtype=self._compute_dtype, reduce_dtype=reduce_dtype)
-        shard(self.speculator_unit, self.device_mesh, policy)
-        if self._frozen_head is not None:
-            shard(self._frozen_head, self.device_mesh, MixedPrecisionPolicy())
+        self._shard_speculator(self.device_mesh, PrecisionType.to_dtype(precision.get("reduce_dtype", "fp32")))
         return module
 
-    def _precision(self) -> tuple[torch.dtype, torch.dtype]:
-        names = self.engine_config.mixed_precision or {}
-        return (
-            PrecisionType.to_dtype(self.model_config.speculator_dtype or names.get("param_dtype", "bf16")),
-            PrecisionType.to_dtype(names.get("reduce_dtype", "fp32")),
-        )
+    def _why_no_target_weight_of(self, head: nn.Module) -> str | None:
+        if not self.is_base_frozen and self.engine_config.strategy == "fsdp":
+            return "engine.strategy=fsdp flattens the vocabulary matrix of a base that trains"
+        return why_not_plain(self.model_config.hf_config, head)
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         params = list(self.adapter.get_optimizer_params())
@@ -129,34 +84,20 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
             params = [{"params": base}, *groups]
         return build_optimizer(params, self.optimizer_config)
 
-    # Modes and placement
+    def _base_modules(self) -> list[nn.Module]:
+        return [self.module]
 
-    def train_mode(self, **kwargs: Any) -> _TrainMode:
-        return _TrainMode(self, **kwargs)
-
-    def eval_mode(self, **kwargs: Any) -> _EvalMode:
-        return _EvalMode(self, **kwargs)
-
-    def set_train_mode(self, training: bool) -> None:
-        # A frozen base must not drop out: its hidden states are the data that the speculator learns from.
-        self.module.train(training and not self.is_base_frozen)
-        self.speculator_unit.train(training)
-
-    def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
-        super().to(device=device, model=model, optimizer=optimizer, grad=grad)
-        if model and not self.engine_config.forward_only:
-            target = get_device_id() if device == get_device_name() else device
-            self.speculator_unit.to(target)
-            if self._frozen_head is not None:
-                self._frozen_head.to(target)
+    def _trained_head_weight(self) -> Tensor:
+        return full_head_weight(self.module)
 
     # A step
 
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable, forward_only: bool = False
     ) -> dict[str, Any]:
-        self._sums = StepSums(self.adapter, data, self.get_data_parallel_group())
-        super().forward_backward_batch(data, loss_function, forward_only)
+        self._begin_step(data)
+        with self._target_weight_gathered(forward_only):
+            super().forward_backward_batch(data, loss_function, forward_only)
         return self._sums.output(data, self.model_config.speculator_loss_coeff)
 
     def forward_step(
@@ -165,24 +106,20 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
         micro_batch = micro_batch.to(get_device_id())
         model_inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
         with self._autocast(), torch.no_grad() if self.is_base_frozen else nullcontext():
-            raw_output = self.module(**model_inputs, use_cache=False)
-            hidden_states = self._hidden_states.take()
+            with self._seen.recording():
+                raw_output = self.module(**model_inputs, use_cache=False)
             base_loss = self._base_loss(raw_output, output_args, micro_batch, loss_function)
-        packed = self._pack(hidden_states, micro_batch, output_args)
-        if forward_only:
-            with self._target_weight() as weight:
-                speculator_loss, sums = self.speculator_unit(packed, self._whole_sequences(packed, micro_batch, weight))
-        else:
-            speculator_loss, sums = self.speculator_unit(packed)
-        losses = {"speculator_loss": speculator_loss}
+        states = self._packed_states(micro_batch, output_args)
+        speculator_loss, sums = self._run_speculator(self._pack(states, micro_batch), forward_only)
         # FSDP averages gradients over all ranks, and each rank holds a different part of the global batch's loss.
-        loss = speculator_loss * torch.distributed.get_world_size()
+        world_size = torch.distributed.get_world_size()
+        loss = speculator_loss * world_size
         if base_loss is not None:
+            loss = base_loss + self.model_config.speculator_loss_coeff * loss
             # verl has already scaled its loss by the data-parallel ranks; those of a sequence-parallel group all have
             # the same one.
-            losses["base_loss"] = base_loss / torch.distributed.get_world_size()
-            loss = base_loss + self.model_config.speculator_loss_coeff * loss
-        self._sums.record(sums, **losses)
+            base_loss = base_loss / world_size
+        self._sums.record(sums, speculator_loss, base_loss)
         return loss, {"model_output": {}, "loss": 0.0, "metrics": {}}
 
     def _autocast(self) -> Any:
@@ -201,45 +138,24 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
         loss, _ = loss_function(model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group())
         return loss
 
-    def _pack(self, hidden_states: Tensor, micro_batch: TensorDict, output_args: dict[str, Any]) -> PackedHiddenStates:
-        input_ids, cu_seqlens = micro_batch["input_ids"].values(), micro_batch["input_ids"].offsets()
-        loss_mask = micro_batch["loss_mask"].values()
+    def _packed_states(self, micro_batch: TensorDict, output_args: dict[str, Any]) -> list[Tensor]:
+        """What the forward pass recorded, each [T, H], out of the layout in which the base ran."""
+        # Side by side, so that padding is dropped and slices are gathered once.
+        recorded = self._seen.take(self._state_keys())
+        states = recorded[0] if len(recorded) == 1 else torch.cat(recorded, dim=-1)
+        cu_seqlens = micro_batch["input_ids"].offsets()
         if not tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-            hidden_states = drop_padding(hidden_states, cu_seqlens)
+            states = drop_padding(states, cu_seqlens)
         elif self.use_ulysses_sp:
-            group = self.ulysses_parallel_group
-            hidden_states = gather_sequence(hidden_states.squeeze(0), group, output_args["pad_size"])
-            rank, size = torch.distributed.get_rank(group), self.ulysses_sequence_parallel_size
-            loss_mask = share_of_targets(loss_mask, rank, size)
+            states = gather_sequence(states.squeeze(0), self.ulysses_parallel_group, output_args["pad_size"])
         else:
-            hidden_states = hidden_states.squeeze(0)[: input_ids.shape[0]]
-        if self.is_base_frozen or self.model_config.detach_hidden_states:
-            hidden_states = hidden_states.detach()
-        return PackedHiddenStates(
-            hidden_states=hidden_states.to(self._compute_dtype),
-            input_ids=input_ids,
-            loss_mask=loss_mask,
-            cu_seqlens=cu_seqlens,
-            head_counts=self._sums.head_counts,
-        )
+            states = states.squeeze(0)[: micro_batch["input_ids"].values().shape[0]]
+        return list(states.chunk(len(recorded), dim=-1))
 
-    def _target_weight(self) -> AbstractContextManager[Tensor | None]:
-        """The base's vocabulary matrix [V, H], or None where its distribution is not measured."""
-        if self._frozen_head is not None:
-            return self._frozen_head.gathered()
-        # FSDP1 flattens the matrix into a parameter of its own.
-        can_gather = not self.is_base_frozen and isinstance(self.module, FSDPModule)
-        return gathered_head(self.module) if self._has_plain_head and can_gather else nullcontext()
-
-    def _whole_sequences(
-        self, packed: PackedHiddenStates, micro_batch: TensorDict, lm_head_weight: Tensor | None
-    ) -> PackedHiddenStates:
-        """The batch with answers uncut: the ranks of a sequence-parallel group, which all hold it, take turns."""
-        loss_mask = micro_batch["loss_mask"].values()
-        if self.use_ulysses_sp:
-            rank, size = torch.distributed.get_rank(self.ulysses_parallel_group), self.ulysses_sequence_parallel_size
-            loss_mask = share_of_sequences(loss_mask, packed.cu_seqlens, rank, size)
-        return dataclasses.replace(packed, loss_mask=loss_mask, lm_head_weight=lm_head_weight)
+    def _rank_among_sharers(self) -> tuple[int, int]:
+        if not self.use_ulysses_sp:
+            return 0, 1
+        return torch.distributed.get_rank(self.ulysses_parallel_group), self.ulysses_sequence_parallel_size
 
     @contextmanager
     def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Iterator[None]:
@@ -254,8 +170,7 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
             yield
 
     def optimizer_step(self) -> float:
-        max_norm = self.optimizer_config.clip_grad
-        grad_norm = self._clip_gradients(max_norm)
+        grad_norm = self._clip_gradients(self.optimizer_config.clip_grad)
         if torch.isfinite(grad_norm):
             self.optimizer.step()
         else:
@@ -270,10 +185,10 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
         if not self.is_base_frozen:
             (sharded if isinstance(self.module, FSDPModule) else flat).extend(self.module.parameters())
         if not flat:
-            return _whole(fsdp2_clip_grad_norm_(sharded, max_norm=max_norm))
+            return full_norm(fsdp2_clip_grad_norm_(sharded, max_norm=max_norm))
         # FSDP1's flat parameters know their total norm only through their own method.
         assert isinstance(self.module, FullyShardedDataParallel)
-        norms = [self.module.clip_grad_norm_(float("inf")), _whole(fsdp2_clip_grad_norm_(sharded, float("inf")))]
+        norms = [self.module.clip_grad_norm_(float("inf")), full_norm(fsdp2_clip_grad_norm_(sharded, float("inf")))]
         total = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
         scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         for parameter in (*sharded, *flat):
@@ -281,40 +196,12 @@ class FSDPEngineWithLMHeadAndSpeculator(FSDPEngineWithLMHead):
                 parameter.grad.mul_(scale)
         return total
 
-    # Checkpoints: only what trains, in the layout of `verl_speculator.checkpoint.layout`
+    # Checkpoints
 
-    def save_checkpoint(
-        self,
-        local_path: str,
-        hdfs_path: str | None = None,
-        global_step: int = 0,
-        max_ckpt_to_keep: int | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write this step's files into ``local_path``; every rank must call it."""
-        folder = Path(local_path)
-        save_speculator(folder, self.adapter.speculator, self.speculator_unit, PREFIX)
-        if not self.is_base_frozen:
-            save_base_model(folder, self.module, self.model_config)
-        save_training_state(folder, self._trained(), self.optimizer, self.lr_scheduler, self._trained_base())
-        torch.distributed.barrier()
+    def _training_state(self) -> tuple[nn.Module, torch.optim.Optimizer, Any, nn.Module | None]:
+        base = None if self.is_base_frozen else self.module
+        trained = self.speculator_unit if base is None else nn.ModuleDict({"base": base, "unit": self.speculator_unit})
+        return trained, self.optimizer, self.lr_scheduler, base
 
-    def load_checkpoint(
-        self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False, **kwargs: Any
-    ) -> None:
-        folder = Path(local_path)
-        load_speculator(folder, self.speculator_unit, PREFIX)
-        load_training_state(folder, self._trained(), self.optimizer, self.lr_scheduler, self._trained_base())
-        torch.distributed.barrier()
-
-    def _trained_base(self) -> nn.Module | None:
-        return None if self.is_base_frozen else self.module
-
-    def _trained(self) -> nn.Module:
-        if self.is_base_frozen:
-            return self.speculator_unit
-        return nn.ModuleDict({"base": self.module, "unit": self.speculator_unit})
-
-
-def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    def _save_base(self, folder: Path) -> None:
+        save_base_model(folder, self.module, self.model_config)

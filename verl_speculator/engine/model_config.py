@@ -12,7 +12,7 @@ MODEL_TYPE = "language_model_with_speculator"
 
 @dataclass
 class SpeculatorModelConfig(HFModelConfig):
-    """verl's model configuration with the keys of a speculator; see ``configs/speculator_sft.yaml`` for each."""
+    """verl's model configuration with the keys of a speculator; see `configs/speculator_sft.yaml` for each."""
 
     speculator: dict[str, Any] = field(default_factory=dict)
     speculator_adapter: Any = None

@@ -15,8 +15,6 @@ from verl_speculator.adapters.settings import base_model_sizes
 from verl_speculator.losses import PackedHiddenStates
 from verl_speculator.models import Speculator
 
-PREFIX = "speculator."
-
 
 class SpeculatorUnit(nn.Module):
     """Holds the speculator; its forward is the adapter's work on it, so that FSDP gathers the weights around it."""
@@ -29,7 +27,7 @@ class SpeculatorUnit(nn.Module):
     def forward(
         self, packed: PackedHiddenStates, measured: PackedHiddenStates | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its sums, and in validation those of the acceptance on the sequences of ``measured``."""
+        """The loss and its sums, and in validation those of the acceptance on the sequences of `measured`."""
         loss, sums = self._adapter.compute_speculator_loss(packed)
         return loss, sums if measured is None else {**sums, **self._adapter.measure_acceptance(measured)}
 
@@ -37,9 +35,10 @@ class SpeculatorUnit(nn.Module):
 def build_speculator(adapter: SpeculatorAdapter, base: nn.Module, path: str | None, seed: int) -> Speculator:
     """The speculator in float32, with weights on rank 0 and without storage on the others.
 
-    It starts from the one at ``path``, or afresh from ``seed`` whatever the number of processes.
+    It starts from the one at `path`, or afresh from `seed` whatever the number of processes.
 
-    :raises ConfigError: the one at ``path`` was trained for another hidden size or vocabulary
+    Raises:
+        ConfigError: the one at `path` was trained for another hidden size or vocabulary.
     """
     if path:
         speculator = adapter.speculator_class.from_pretrained(path)
@@ -61,6 +60,6 @@ def shard(unit: nn.Module, mesh: Any, policy: MixedPrecisionPolicy) -> None:
 
     The weights are not dropped between forward and backward: one follows the other at once.
     """
-    whole = unit.state_dict()
+    full = unit.state_dict()
     fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fsdp2_load_full_state_dict(unit, whole, mesh, None)
+    fsdp2_load_full_state_dict(unit, full, mesh, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 
 from verl_speculator.adapters import SpeculatorAdapter
-from verl_speculator.engine.metric_sums import SUMS_KEY, reduce_sums
+
+SUMS_KEY = "sums"
 
 
 class StepSums:
@@ -32,19 +33,40 @@ class StepSums:
         torch.distributed.all_reduce(self.head_counts, group=data_parallel_group)
         self._rows: list[dict[str, Tensor]] = []
 
-    def record(self, sums: Mapping[str, Tensor], **losses: Tensor) -> None:
+    def record(self, sums: Mapping[str, Tensor], speculator_loss: Tensor, base_loss: Tensor | None) -> None:
+        """Keep the sums and losses of a micro-batch.
+
+        Args:
+            sums: What the adapter counted.
+            speculator_loss: This rank's part of it.
+            base_loss: This rank's part of it in joint training, else None.
+        """
+        losses = {"speculator_loss": speculator_loss}
+        if base_loss is not None:
+            losses["base_loss"] = base_loss
         self._rows.append({name: value.detach() for name, value in {**sums, **losses}.items()})
 
     def output(self, data: TensorDict, loss_coeff: float) -> dict[str, Any]:
         """The engine's answer to a step: its loss and its sums, the same on every rank.
 
-        :param data: the step's batch, in which verl has noted its number of trained tokens
-        :param loss_coeff: the weight of the speculator's loss if the base trains too
+        Args:
+            data: The step's batch, in which verl has noted its number of trained tokens.
+            loss_coeff: The weight of the speculator's loss if the base trains too.
         """
-        sums = reduce_sums(self._rows, None, get_device_id())
+        sums = reduce_sums(self._rows, get_device_id())
         loss = sums["speculator_loss"]
         if "base_loss" in sums:
             loss = sums["base_loss"] + loss_coeff * loss
             sums["base/count"] = float(tu.get_non_tensor_data(data=data, key="batch_num_tokens", default=0))
             sums["base/loss_sum"] = sums["base_loss"] * sums["base/count"]
         return {"model_output": {}, "loss": [loss], "metrics": {SUMS_KEY: sums}}
+
+
+def reduce_sums(per_micro_batch: Sequence[Mapping[str, Tensor]], device: Any) -> dict[str, float]:
+    """Add up metrics that have the same keys in every micro-batch and on every rank, in one collective."""
+    names = list(per_micro_batch[0])
+    # float64, so that counts of tokens stay exact.
+    rows = [torch.stack([sums[name].double() for name in names]) for sums in per_micro_batch]
+    total = torch.stack(rows).sum(dim=0).to(device)
+    torch.distributed.all_reduce(total)
+    return dict(zip(names, total.tolist(), strict=True))

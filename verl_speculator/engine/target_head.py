@@ -1,4 +1,4 @@
-"""The base model's vocabulary matrix, for measuring in validation what its own sampling would accept."""
+"""The base model's vocabulary matrix: for soft targets, and for measuring what its own sampling would accept."""
 
 from __future__ import annotations
 
@@ -32,22 +32,26 @@ class FrozenHead(nn.Module):
             unit.reshard()
 
 
-def plain_head(model: Any) -> nn.Linear | None:
-    """The output embeddings if `hidden_states @ weight.T` are the model's logits; None if it does more to them."""
-    head = model.get_output_embeddings()
-    is_matrix = isinstance(head, nn.Linear) and head.bias is None
-    return head if is_matrix and has_plain_logits(model.config) else None
+def why_not_plain(hf_config: Any, head: nn.Module | None = None) -> str | None:
+    """Why the model's logits are not `hidden_states @ weight.T`; None if they are.
 
-
-def has_plain_logits(hf_config: Any) -> bool:
-    """Whether the model's configuration asks for nothing between the vocabulary matrix and the distribution."""
+    Args:
+        hf_config: The model's configuration.
+        head: Its output embeddings, where there is a Hugging Face model to look at.
+    """
     config = hf_config.get_text_config()
-    return all(getattr(config, name, None) in (None, 1.0) for name in _LOGIT_SETTINGS)
+    for name in _LOGIT_SETTINGS:
+        value = getattr(config, name, None)
+        if value not in (None, 1.0):
+            return f"it has {name}={value}"
+    if head is not None and not isinstance(head, nn.Linear):
+        return f"its output embeddings are a {type(head).__name__}"
+    return "its output embeddings have a bias" if head is not None and head.bias is not None else None
 
 
-@contextmanager
-def gathered_head(model: Any) -> Iterator[Tensor]:
-    """The matrix of a base that is being trained, under FSDP2."""
+@torch.no_grad()
+def full_head_weight(model: Any) -> Tensor:
+    """The matrix [V, H] of a base that trains under FSDP2, as it is now; every rank must call this."""
     weight = model.get_output_embeddings().weight
-    with torch.no_grad():
-        yield weight.full_tensor() if isinstance(weight, DTensor) else weight
+    # After a validation step the root unit stays gathered, in storage that the next step frees.
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight.detach().clone()

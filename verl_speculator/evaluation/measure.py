@@ -1,4 +1,4 @@
-"""Decoding the prompts with and without drafts, side by side."""
+"""Decoding the prompts with and without drafts, side by side, and how well the target predicts reference answers."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from verl_speculator.base_model.loading import Target, explain_out_of_memory
+from verl_speculator.data.prompts import Prompt, left_pad
 from verl_speculator.decoding import DecodingResult, SamplingParams, generate, speculative_generate
-from verl_speculator.evaluation.memory import explain_out_of_memory
-from verl_speculator.evaluation.prompts import Prompt
 from verl_speculator.evaluation.settings import EvaluationSettings
-from verl_speculator.evaluation.target import Target
 
 _WARM_UP_TOKENS = 8
 
@@ -52,11 +51,12 @@ def measure(
 
     Which goes first changes from batch to batch, so that a machine that slows down or speeds up favours none.
 
-    :raises ConfigError: out of memory; the message says what to lower
+    Raises:
+        ConfigError: Out of memory; the message says what to lower.
     """
     batches = _batches(prompts, settings.batch_size)
     measurement = Measurement(batches, [], [], drafted)
-    with explain_out_of_memory("decoding", settings):
+    with explain_out_of_memory("decoding", settings.memory_advice):
         _warm_up(target, drafted, [prompts[index] for index in batches[0]], settings)
         done = 0
         report("Decoding", done, len(prompts))
@@ -102,7 +102,7 @@ def _timed_decode(
     max_new_tokens: int,
     seed: int,
 ) -> tuple[DecodingResult, float]:
-    input_ids, attention_mask = _left_padded([prompt.prompt_ids for prompt in prompts], target)
+    input_ids, attention_mask = left_pad([prompt.prompt_ids for prompt in prompts], target.tokenizer, target.device)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "sampling": SamplingParams(settings.temperature, settings.top_p, settings.top_k),
@@ -120,13 +120,6 @@ def _timed_decode(
     return result, time.perf_counter() - start
 
 
-def _left_padded(rows: list[list[int]], target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(map(len, rows))
-    input_ids = torch.tensor([[target.pad_token] * (width - len(row)) + row for row in rows], device=target.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=target.device)
-    return input_ids, mask
-
-
 def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -134,7 +127,31 @@ def _synchronize(device: torch.device) -> None:
 
 def by_prompt(batches: list[list[int]], results: Sequence[DecodingResult]) -> Iterator[tuple[DecodingResult, int]]:
     """The result that holds a prompt and its row there, for every prompt in turn."""
-    places = {index: (number, row) for number, batch in enumerate(batches) for row, index in enumerate(batch)}
-    for index in sorted(places):
-        number, row = places[index]
+    positions = {index: (number, row) for number, batch in enumerate(batches) for row, index in enumerate(batch)}
+    for index in sorted(positions):
+        number, row = positions[index]
         yield results[number], row
+
+
+def held_out_loss(
+    target: Target, prompts: Sequence[Prompt], settings: EvaluationSettings, report: Report
+) -> tuple[float | None, int]:
+    """The target's mean cross entropy (nats) over all tokens of the reference answers, and how many those are.
+
+    Each answer is read after its own prompt, cut where the context ends. None without a single reference token.
+    """
+    answered = [prompt for prompt in prompts if prompt.answer_ids]
+    context = getattr(target.model.config.get_text_config(), "max_position_embeddings", None)
+    total, count = 0.0, 0
+    advice = "lower --num-prompts to leave out the longest answers, or use --dtype bfloat16"
+    with explain_out_of_memory("reading the reference answers", advice), torch.inference_mode():
+        for done, prompt in enumerate(answered, start=1):
+            tokens = [*prompt.prompt_ids, *prompt.answer_ids][:context]
+            num_answer = len(tokens) - len(prompt.prompt_ids)
+            input_ids = torch.tensor([tokens], device=target.device)
+            # The model's own forward, because some models scale or cap what lm_head returns.
+            logits = target.model(input_ids=input_ids, logits_to_keep=num_answer + 1).logits[0, -num_answer - 1 : -1]
+            loss = torch.nn.functional.cross_entropy(logits.float(), input_ids[0, -num_answer:], reduction="sum")
+            total, count = total + loss.item(), count + num_answer
+            report("Reference answers", done, len(answered))
+    return (total / count, count) if count else (None, 0)

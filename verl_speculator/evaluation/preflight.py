@@ -6,24 +6,17 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl_speculator.data.chat_parquet import check_chat_file
-from verl_speculator.errors import ConfigError, DataError, MissingFileError, SpeculatorError
+from verl_speculator.base_model.files import check_base_files
+from verl_speculator.data.chats import check_chat_file
+from verl_speculator.errors import CheckpointError, ConfigError, DataError, MissingFileError, naming
 from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings
 
 if TYPE_CHECKING:
     from verl_speculator.models import SpeculatorConfig
-    from verl_speculator.trainer.base_model import BaseSizes
-
-# What the trainer's checks call by a configuration key is a flag here.
-_FLAGS = {
-    "model.path": "--base",
-    "model.custom_chat_template": "--chat-template FILE",
-    "data.messages_key": "--messages-key",
-}
 
 
 def check_input(given: EvaluationInput, settings: EvaluationSettings) -> None:
-    """Raise a :class:`SpeculatorError` with one sentence for the first thing that cannot work.
+    """Raise a `SpeculatorError` with one sentence for the first thing that cannot work.
 
     Cheapest first: a mistyped path is answered before torch is loaded.
     """
@@ -32,9 +25,16 @@ def check_input(given: EvaluationInput, settings: EvaluationSettings) -> None:
             raise MissingFileError(f"--speculator: there is no folder {str(path)!r}; a speculator folder is needed")
     if given.chat_template is not None and not given.chat_template.is_file():
         raise MissingFileError(f"--chat-template: there is no file {str(given.chat_template)!r}")
-    _check_data(given, settings)
-    sizes = _check_base(given)
-    _check_speculators(given, settings, sizes)
+    if settings.revision is not None and Path(given.base).exists():
+        raise ConfigError("--revision belongs to a name on the Hugging Face hub, and --base is a folder: leave it out")
+    for file in given.data:
+        if "://" in file:
+            raise DataError(f"--data: {file!r} is a remote file: download it first")
+        check_chat_file(file, settings.messages_key, "--data", column_key="--messages-key")
+    sizes = check_base_files(
+        given.base, key="--base", template_key="--chat-template FILE", has_template=given.chat_template is not None
+    )
+    read_speculator_configs(given, settings, None if sizes is None else (sizes.hidden_size, sizes.vocab_size))
 
 
 def check_report_folder(folder: Path) -> None:
@@ -49,52 +49,40 @@ def check_report_folder(folder: Path) -> None:
         ) from error
 
 
-def check_draft_tokens(config: SpeculatorConfig, num_draft_tokens: int | None, path: Path) -> None:
-    if num_draft_tokens is not None and num_draft_tokens > config.n_predict:
-        raise ConfigError(
-            f"--num-draft-tokens={num_draft_tokens} is more than the n_predict={config.n_predict} "
-            f"of the speculator in {str(path)!r}: lower it"
-        )
+def read_speculator_configs(
+    given: EvaluationInput, settings: EvaluationSettings, sizes: tuple[int, int] | None
+) -> list[SpeculatorConfig]:
+    """The configurations of the speculators, whose weights are there too.
 
+    Args:
+        sizes: The base's hidden size and rows of `lm_head`, which the speculators must have been trained for; None
+            where they are not known yet.
 
-def _check_data(given: EvaluationInput, settings: EvaluationSettings) -> None:
-    for file in given.data:
-        if "://" in file:
-            raise DataError(f"--data: {file!r} is a remote file: download it first")
-        with _FlagNames():
-            check_chat_file(file, settings.messages_key, "--data")
+    Raises:
+        SpeculatorError: A speculator is not there, not usable, or has fewer heads than are asked for; the message
+            begins with the flag.
+    """
+    # Here, because torch comes with them.
+    from verl_speculator.models import SpeculatorConfig
+    from verl_speculator.models.serialization import CONFIG_NAME, find_folder, find_weights, read_config
 
-
-def _check_base(given: EvaluationInput) -> BaseSizes | None:
-    from omegaconf import OmegaConf
-
-    from verl_speculator.trainer.base_model import check_base_model
-
-    template = None if given.chat_template is None else str(given.chat_template)
-    model = OmegaConf.create({"path": given.base, "tokenizer_path": None, "custom_chat_template": template})
-    with _FlagNames():
-        return check_base_model(model)
-
-
-def _check_speculators(given: EvaluationInput, settings: EvaluationSettings, sizes: BaseSizes | None) -> None:
-    from verl_speculator.evaluation.speculator_files import check_fits, read_speculator_config
-
+    configs = []
     for path in given.speculators:
-        config = read_speculator_config(path)
-        check_draft_tokens(config, settings.num_draft_tokens, path)
+        with naming("--speculator"):
+            folder = find_folder(path)
+            find_weights(folder)
+            file = folder / CONFIG_NAME
+            values = read_config(file)
+            try:
+                config = SpeculatorConfig.from_dict(values)
+            except ConfigError as error:
+                raise CheckpointError(f"{file} is not usable: {error}") from error
+        if settings.num_draft_tokens is not None and settings.num_draft_tokens > config.n_predict:
+            raise ConfigError(
+                f"--num-draft-tokens={settings.num_draft_tokens} is more than the n_predict={config.n_predict} "
+                f"of the speculator in {str(path)!r}: lower it"
+            )
         if sizes is not None:
-            check_fits(config, sizes.hidden_size, sizes.vocab_size, path)
-
-
-class _FlagNames:
-    """Inside it, errors that name configuration keys name flags instead."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, SpeculatorError):
-            return
-        message = str(error)
-        for key, name in _FLAGS.items():
-            message = message.replace(key, name)
-        raise type(error)(message) from error
+            config.check_fits_base(*sizes, f"--speculator: the speculator in {str(path)!r}")
+        configs.append(config)
+    return configs

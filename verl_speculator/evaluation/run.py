@@ -14,28 +14,23 @@ import torch
 import transformers
 
 from verl_speculator import __version__
-from verl_speculator.decoding import NgramDrafter
-from verl_speculator.errors import ConfigError
-from verl_speculator.evaluation.measure import Drafting, Report, measure
-from verl_speculator.evaluation.memory import explain_out_of_memory
-from verl_speculator.evaluation.preflight import check_draft_tokens, check_input
-from verl_speculator.evaluation.prompts import check_lengths, encode, read_chats
-from verl_speculator.evaluation.results import DrafterResult, EvaluationResult
-from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings, label_paths
-from verl_speculator.evaluation.speculator_files import load_speculator, read_speculator_config
-from verl_speculator.evaluation.summary import summarize_drafting, summarize_target
-from verl_speculator.evaluation.target import (
+from verl_speculator.base_model.loading import (
     Target,
-    check_sizes,
-    load_config,
+    explain_out_of_memory,
     load_target,
-    load_tokenizer,
+    load_tokenizer_and_config,
     pick_device,
 )
-from verl_speculator.evaluation.target_health import held_out_loss
-
-LOOKUP_LABEL = "prompt lookup"
-_LOAD_ADVICE = "use --dtype bfloat16, or a device with more memory"
+from verl_speculator.data.chats import read_chats
+from verl_speculator.data.prompts import check_lengths, encode_chats
+from verl_speculator.decoding import NgramDrafter
+from verl_speculator.errors import ConfigError, naming
+from verl_speculator.evaluation.measure import Drafting, Report, held_out_loss, measure
+from verl_speculator.evaluation.preflight import check_input, read_speculator_configs
+from verl_speculator.evaluation.results import DrafterResult, EvaluationResult
+from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings, label_paths
+from verl_speculator.evaluation.summary import summarize_drafting, summarize_target
+from verl_speculator.models import Speculator
 
 
 def evaluate(
@@ -49,8 +44,11 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure `speculators` on the prompts of chat files, each prompt decoded with and without drafts.
 
-    :param report: is told what is being done, how much of it is done and how much there is
-    :raises SpeculatorError: something cannot work; all that can be known before is found before a model is loaded
+    Args:
+        report: Is told what is being done, how much of it is done and how much there is.
+
+    Raises:
+        SpeculatorError: Something cannot work; all that can be known before is found before a model is loaded.
     """
     files = [data] if isinstance(data, str | os.PathLike) else list(data)
     given = EvaluationInput(
@@ -63,41 +61,42 @@ def evaluate(
         raise ConfigError("--speculator: give at least one speculator folder")
     settings = settings or EvaluationSettings()
     check_input(given, settings)
-    return _evaluate(given, settings, report or _say_nothing)
-
-
-def _say_nothing(doing: str, done: int, total: int) -> None: ...
+    return _evaluate(given, settings, report or (lambda doing, done, total: None))
 
 
 def _evaluate(given: EvaluationInput, settings: EvaluationSettings, report: Report) -> EvaluationResult:
-    device = pick_device(settings.device)
-    tokenizer, config = load_tokenizer(given), load_config(given)
-    configs = [read_speculator_config(path) for path in given.speculators]
-    check_sizes(config, tokenizer, list(zip(given.speculators, configs, strict=True)), given.base)
-    prompts = encode(read_chats(given.data, settings.messages_key, settings.num_prompts), tokenizer)
+    pick_device(settings.device)  # one that is not there is said before anything is read
+    tokenizer, config = load_tokenizer_and_config(given.base, settings, given.chat_template)
+    # Again: of a base on the hub, the sizes are known only now.
+    configs = read_speculator_configs(given, settings, (config.hidden_size, config.vocab_size))
+    prompts = encode_chats(read_chats(given.data, settings.messages_key, settings.num_prompts), tokenizer)
     check_lengths(prompts, getattr(config, "max_position_embeddings", None), settings.max_new_tokens)
 
-    with explain_out_of_memory("loading the models", settings, _LOAD_ADVICE):
-        target = load_target(given, settings, tokenizer, device)
-        drafted = [
-            *_load_speculators(given, settings, target),
-            _prompt_lookup(max(settings.num_draft_tokens or config.n_predict for config in configs)),
-        ]
+    with explain_out_of_memory("loading the models", "use --dtype bfloat16, or a device with more memory"):
+        target = load_target(given.base, settings, tokenizer)
+        longest = max(settings.num_draft_tokens or config.n_predict for config in configs)
+        lookup = Drafting("prompt lookup", NgramDrafter(longest), longest)
+        drafted = [*_load_speculators(given, settings, target), lookup]
     measurement = measure(target, drafted, prompts, settings, report)
     loss, loss_tokens = held_out_loss(target, prompts, settings, report)
-    *speculators, lookup = [
+    *speculators, baseline = [
         summarize_drafting(measurement, drafting, prompts, target, is_greedy=settings.is_greedy) for drafting in drafted
     ]
     return EvaluationResult(
         base=given.base,
         data=list(given.data),
         num_prompts=len(prompts),
-        settings={**asdict(settings), "dtype": str(target.dtype).removeprefix("torch."), "device": str(device)},
-        versions=_versions(),
-        machine=_machine(device),
+        settings={**asdict(settings), "dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)},
+        versions={
+            "verl_speculator": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        machine=_machine(target.device),
         target=summarize_target(measurement, loss, loss_tokens),
         speculators=speculators,
-        prompt_lookup=lookup,
+        prompt_lookup=baseline,
         notes=_notes(given, drafted, speculators, target),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
@@ -106,8 +105,8 @@ def _evaluate(given: EvaluationInput, settings: EvaluationSettings, report: Repo
 def _load_speculators(given: EvaluationInput, settings: EvaluationSettings, target: Target) -> list[Drafting]:
     drafted = []
     for path, label in zip(given.speculators, label_paths(given.speculators), strict=True):
-        speculator = load_speculator(path, target.device, target.dtype)
-        check_draft_tokens(speculator.config, settings.num_draft_tokens, path)
+        with naming("--speculator"):
+            speculator = Speculator.from_pretrained(path, dtype=target.dtype, device=target.device).eval()
         drafted.append(
             Drafting(
                 label=label,
@@ -119,10 +118,6 @@ def _load_speculators(given: EvaluationInput, settings: EvaluationSettings, targ
             )
         )
     return drafted
-
-
-def _prompt_lookup(num_draft_tokens: int) -> Drafting:
-    return Drafting(LOOKUP_LABEL, NgramDrafter(num_draft_tokens), num_draft_tokens)
 
 
 def _notes(
@@ -149,15 +144,6 @@ def _notes(
 
 def _same_model(one: str, other: str) -> bool:
     return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "verl_speculator": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

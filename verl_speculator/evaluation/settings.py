@@ -5,21 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from verl_speculator.base_model.settings import LoadSettings, flag, require_choice
 from verl_speculator.errors import ConfigError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 DRAFT_SAMPLING = ("greedy", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """How to decode; each field is the flag of the same name of ``verl-speculator eval``.
+class EvaluationSettings(LoadSettings):
+    """How to load the base and how to decode; each field is the flag of the same name of `verl-speculator eval`.
 
-    :ivar num_prompts: the first so many rows of the data; None takes all
-    :ivar num_draft_tokens: drafted per round; None takes each speculator's ``n_predict``
-    :ivar dtype: "auto" is float32 on a CPU, where greedy decoding is then exact, and the base's own type elsewhere
-    :ivar device: "auto" is the machine's accelerator if it has one
-    :raises ConfigError: a value that cannot work; the message names its flag
+    Attributes:
+        num_prompts: The first so many rows of the data; None takes all.
+        num_draft_tokens: Drafted per round; None takes each speculator's `n_predict`.
+
+    Raises:
+        ConfigError: A value that cannot work; the message names its flag.
     """
 
     num_prompts: int | None = 64
@@ -31,11 +32,10 @@ class EvaluationSettings:
     top_k: int = 0
     seed: int = 0
     draft_sampling: str = "greedy"
-    dtype: str = "auto"
-    device: str = "auto"
     messages_key: str = "messages"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_new_tokens", "batch_size", "num_prompts", "num_draft_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -46,13 +46,18 @@ class EvaluationSettings:
             raise ConfigError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
         if self.top_k < 0:
             raise ConfigError(f"--top-k must be 0 (off) or more, got {self.top_k}")
-        for name, choices in (("dtype", DTYPES), ("draft_sampling", DRAFT_SAMPLING)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        require_choice("draft_sampling", self.draft_sampling, DRAFT_SAMPLING)
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def memory_advice(self) -> str:
+        """What to lower where decoding runs out of memory."""
+        if self.batch_size > 1:
+            return f"lower --batch-size={self.batch_size}, then --max-new-tokens={self.max_new_tokens}"
+        return f"lower --max-new-tokens={self.max_new_tokens}, or use --dtype bfloat16"
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,6 @@ class EvaluationInput:
     speculators: tuple[Path, ...]
     data: tuple[str, ...]
     chat_template: Path | None = None
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def label_paths(paths: tuple[Path, ...]) -> list[str]:

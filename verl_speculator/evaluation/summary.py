@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from verl_speculator.base_model.loading import Target
+from verl_speculator.data.prompts import Prompt
 from verl_speculator.decoding import (
     DecodingResult,
     DecodingTimes,
@@ -16,10 +19,7 @@ from verl_speculator.decoding import (
     tokens_per_round_interval,
 )
 from verl_speculator.evaluation.measure import Drafting, Measurement, by_prompt
-from verl_speculator.evaluation.prompts import Prompt
-from verl_speculator.evaluation.results import Costs, DrafterResult, PromptResult, TargetHealth
-from verl_speculator.evaluation.statistics import paired_speedup, repeated_share
-from verl_speculator.evaluation.target import Target
+from verl_speculator.evaluation.results import Costs, DrafterResult, PromptResult, Speedup, TargetHealth
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
@@ -157,3 +157,25 @@ def _runs(num_tokens: int, accepted_per_round: Sequence[int]) -> list[tuple[int,
                 runs.append((position, end, number, is_draft))
             position = end
     return runs
+
+
+def repeated_share(outputs: Iterable[Sequence[int]], width: int = 4) -> float | None:
+    """The share of `width`-grams that their own output has had before: 1 - distinct / all, summed over outputs.
+
+    Welleck et al. 2020, "Neural text generation with unlikelihood training", call it seq-rep-n. None where no output
+    is as long as one.
+    """
+    total = distinct = 0
+    for tokens in outputs:
+        grams = [tuple(tokens[start : start + width]) for start in range(len(tokens) - width + 1)]
+        total += len(grams)
+        distinct += len(set(grams))
+    return 1 - distinct / total if total else None
+
+
+def paired_speedup(ratios: Sequence[float]) -> Speedup:
+    """Median and quartiles of the batches' own ratios: load that comes and goes hits both sides of a ratio alike."""
+    if len(ratios) == 1:
+        return Speedup(ratios[0], ratios[0], ratios[0], list(ratios))
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Speedup(median, low, high, list(ratios))

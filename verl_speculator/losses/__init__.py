@@ -8,20 +8,24 @@ from verl_speculator.losses.alignment import (
     trained_positions,
 )
 from verl_speculator.losses.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
-from verl_speculator.losses.objective import DraftsTokens, SpeculatorLoss, speculator_loss, speculator_metrics
+from verl_speculator.losses.objective import SpeculatorLoss, normalised_weights, speculator_loss, speculator_metrics
 from verl_speculator.losses.packed import PackedHiddenStates
+from verl_speculator.losses.soft_targets import Objective, TargetHead, soft_target_loss
 
 __all__ = [
-    "DraftsTokens",
     "LinearCrossEntropyOutput",
+    "Objective",
     "PackedHiddenStates",
     "SpeculatorLoss",
+    "TargetHead",
     "acceptance_metrics",
     "acceptance_sums",
     "count_trained_positions",
     "head_inputs",
     "head_targets",
     "linear_cross_entropy",
+    "normalised_weights",
+    "soft_target_loss",
     "speculator_loss",
     "speculator_metrics",
     "trained_positions",

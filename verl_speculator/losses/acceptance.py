@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from verl_speculator.losses.alignment import head_inputs, head_targets, trained_positions
-from verl_speculator.losses.objective import DraftsTokens
 from verl_speculator.losses.packed import PackedHiddenStates
+from verl_speculator.models import ChainSpeculator
 
 _CHUNK_ROWS = 256
 _READS_AS_SAMPLED = 1.25
@@ -46,7 +46,7 @@ class _Drafts(NamedTuple):
 
 
 @torch.no_grad()
-def acceptance_sums(speculator: DraftsTokens, packed: PackedHiddenStates) -> dict[str, Tensor]:
+def acceptance_sums(speculator: ChainSpeculator, packed: PackedHiddenStates) -> dict[str, Tensor]:
     """Sums for `acceptance_metrics`, which may be added over batches and ranks; sequences must be whole.
 
     Sampled verification is measured, at temperature 1, where `packed.lm_head_weight` gives the target's distribution:
@@ -106,19 +106,19 @@ def _round_starts(loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
     return next_is_answer_T & ~is_last_T
 
 
-def _teacher_forced(speculator: DraftsTokens, packed: PackedHiddenStates, inside_PT: Tensor) -> _Drafts:
+def _teacher_forced(speculator: ChainSpeculator, packed: PackedHiddenStates, inside_PT: Tensor) -> _Drafts:
     columns = _Drafts(*(torch.zeros(inside_PT.shape, device=inside_PT.device) for _ in _Drafts._fields))
     # Every head runs, on no rows if there are none: a sharded speculator's ranks must not wait for one another.
     for positions_N in inside_PT[0].nonzero().squeeze(1).split(_CHUNK_ROWS):
-        state = speculator.begin(packed.hidden_states[positions_N])
-        for i in range(speculator.n_predict):
-            state, outputs_ND = speculator.step(state, head_inputs(packed.input_ids, positions_N, i), i)
+        tokens = [head_inputs(packed.input_ids, positions_N, i) for i in range(speculator.n_predict)]
+        outputs = speculator.unroll(packed.hidden_states[positions_N], speculator.embed_all(tokens))
+        for i, outputs_ND in enumerate(outputs):
             _measure_rows(speculator, packed, positions_N, outputs_ND, i, columns)
     return _Drafts(*(column * inside_PT for column in columns))
 
 
 def _measure_rows(
-    speculator: DraftsTokens,
+    speculator: ChainSpeculator,
     packed: PackedHiddenStates,
     positions_N: Tensor,
     outputs_ND: Tensor,

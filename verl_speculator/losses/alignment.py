@@ -6,6 +6,8 @@ token t + 2 + i. Everything here is index arithmetic on the device, without a lo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -39,16 +41,41 @@ def count_trained_positions(loss_mask: Tensor, cu_seqlens: Tensor, n_predict: in
     return trained_positions(loss_mask, cu_seqlens, n_predict).sum(dim=1)
 
 
+class ChainRows(NamedTuple):
+    """Which rows of a packed batch go through a chain of heads: those on which this head or a later one trains.
+
+    Attributes:
+        positions: For each head i the positions [N_i] in the batch that it runs on, ascending.
+        kept: For each head the rows [N_i] among those of the head before it, and for head 0 among all positions.
+        trained: For each head the rows [M_i], of the N_i, that train it.
+        trained_positions: For each head the positions [M_i] of these.
+    """
+
+    positions: list[Tensor]
+    kept: list[Tensor]
+    trained: list[Tensor]
+    trained_positions: list[Tensor]
+
+
+def chain_rows(trained_PT: Tensor) -> ChainRows:
+    """The rows of each head, from `trained_positions`. The host waits for the device twice, however many heads."""
+    num_heads = trained_PT.shape[0]
+    needed_PT = trained_PT.flip(0).cumsum(dim=0).flip(0) > 0
+    both = torch.cat([needed_PT, trained_PT])
+    positions = both.nonzero()[:, 1].split(both.sum(dim=1).tolist())
+    needed, trained = list(positions[:num_heads]), list(positions[num_heads:])
+    # How many needed positions lie before each one: where a position that a head runs on has its row there.
+    row_PT = needed_PT.cumsum(dim=1) - 1
+    kept = [needed[0], *(row_PT[i - 1, needed[i]] for i in range(1, num_heads))]
+    return ChainRows(needed, kept, [row_PT[i, trained[i]] for i in range(num_heads)], trained)
+
+
 def head_inputs(input_ids: Tensor, positions: Tensor, head_index: int) -> Tensor:
     """The tokens that a head reads at `positions`: [N] from `input_ids` [T] and `positions` [N]."""
-    return _shifted_tokens(input_ids, positions, head_index + 1)
+    # A head may pass over a position only to bring its state to a later head, and then the shift can leave the batch.
+    return input_ids[(positions + head_index + 1).clamp(max=max(input_ids.shape[0] - 1, 0))]
 
 
 def head_targets(input_ids: Tensor, positions: Tensor, head_index: int) -> Tensor:
     """The tokens that a head must predict at `positions`: [N] from `input_ids` [T] and `positions` [N]."""
-    return _shifted_tokens(input_ids, positions, head_index + 2)
-
-
-def _shifted_tokens(input_ids: Tensor, positions: Tensor, shift: int) -> Tensor:
-    # A head may pass over a position only to bring its state to a later head, and then the shift can leave the batch.
-    return input_ids[(positions + shift).clamp(max=max(input_ids.shape[0] - 1, 0))]
+    return head_inputs(input_ids, positions, head_index + 1)

@@ -6,6 +6,7 @@ has only to scale them. That is three matrix products, the fewest possible, and 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +26,9 @@ class LinearCrossEntropyOutput(NamedTuple):
     """The loss and what it is made of.
 
     Attributes:
-        loss: scalar, the sum of `row_weights * row_losses`; the only part with a gradient.
+        loss: Scalar, the sum of `row_weights * row_losses`; the only part with a gradient.
         row_losses: [N], the unweighted cross entropies, detached.
-        correct: [N], bool: the target's logit is its row's largest, ties included.
+        correct: [N], bool: the target is its row's first largest logit, the token that greedy decoding takes.
     """
 
     loss: Tensor
@@ -54,32 +55,32 @@ def linear_cross_entropy(
         weight: [V, D].
         targets: [N], int64, each in [0, V).
         row_weights: [N], constants.
-        chunk_size: rows of logits that exist at a time; None chooses from a budget of bytes.
+        chunk_size: Rows of logits that exist at a time; None chooses from a budget of bytes.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None to choose it; got {chunk_size}.")
-    dtype = _matmul_dtype(states, weight)
+    dtype = matmul_dtype(states, weight)
     # Casts outside of the Function are autograd's to undo, after it has applied the upstream scale.
     states = states.float() if states.dtype == torch.float16 else states
     weight = weight.float() if weight.dtype == torch.float16 else weight
-    rows = _chunk_rows(states.shape[0], weight.shape[0], states.device.type, chunk_size)
+    rows = min(chunk_size or equal_chunks(states.shape[0], weight.shape[0], states.device.type), max(len(states), 1))
     # Asked here, because inside of a Function gradients always look disabled.
     wants_grad = torch.is_grad_enabled()
     outputs = _LinearCrossEntropy.apply(states, weight, targets, row_weights, rows, dtype, wants_grad)
     return LinearCrossEntropyOutput(*outputs)
 
 
-def _matmul_dtype(states: Tensor, weight: Tensor) -> torch.dtype:
-    device_type = states.device.type
-    dtype = torch.promote_types(states.dtype, weight.dtype)
+def matmul_dtype(*tensors: Tensor) -> torch.dtype:
+    """The type in which products of these run: theirs or autocast's, and float32 for float16."""
+    device_type = tensors[0].device.type
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _chunk_rows(num_rows: int, vocab_size: int, device_type: str, chunk_size: int | None) -> int:
-    if chunk_size is not None:
-        return min(chunk_size, max(num_rows, 1))
+def equal_chunks(num_rows: int, vocab_size: int, device_type: str) -> int:
+    """Rows in each of the fewest chunks that the budget of bytes allows; at least 1."""
     budget = _CHUNK_BYTES.get(device_type, _ACCELERATOR_CHUNK_BYTES)
     largest = max(budget // (4 * vocab_size), _MIN_CHUNK_ROWS)
     # Equal chunks: a short last one would waste most of a pass over the weight gradient.
@@ -117,17 +118,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # Without a look at the scale, which would make the host wait for the device. In place where the graph is used
-        # this once: a new [V, D] costs in fresh pages about a fiftieth of the pass above.
-        gradients = ctx.gradients
-        if gradients is None:
-            raise RuntimeError("Backward ran through this loss before: the first time needs retain_graph=True.")
-        if _graph_is_kept():
-            gradients = [None if grad is None else grad.clone() for grad in gradients]
-        else:
-            ctx.gradients = None
-        scaled = [None if grad is None else grad.mul_(grad_loss.to(grad.dtype)) for grad in gradients]
-        return scaled[0], scaled[1], None, None, None, None, None
+        return (*scaled_gradients(ctx, grad_loss), None, None, None, None, None)
+
+
+def scaled_gradients(ctx: Any, scale: Tensor) -> list[Tensor | None]:
+    """The gradients that forward left in `ctx.gradients`, times `scale`, for a backward pass to return.
+
+    Without a look at the scale, which would make the host wait for the device. In place where the graph is used this
+    once: a new [V, D] costs in fresh pages about a fiftieth of the whole pass.
+    """
+    gradients = ctx.gradients
+    if gradients is None:
+        raise RuntimeError("Backward ran through this loss before: the first time needs retain_graph=True.")
+    if _graph_is_kept():
+        gradients = [None if grad is None else grad.clone() for grad in gradients]
+    else:
+        ctx.gradients = None
+    return [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in gradients]
 
 
 def _graph_is_kept() -> bool:
@@ -166,13 +173,14 @@ class _Pass:
 
         targets_R1 = targets_R.unsqueeze(1)
         target_logit_R1 = probs_RV.gather(1, targets_R1)
-        max_logit_R1 = probs_RV.amax(dim=1, keepdim=True)
+        # The first of equal largest logits, which is what decoding takes: in bfloat16 a few rows in a hundred have two.
+        max_logit_R1, argmax_R1 = probs_RV.max(dim=1, keepdim=True)
+        self.correct[chunk] = (argmax_R1 == targets_R1).squeeze(1)
         torch.softmax(probs_RV, dim=1, out=probs_RV)
         # The largest probability is exp(max - logsumexp), never below 1/V: its logarithm gives logsumexp without
         # a second exponential of every logit, and without the underflow of the target's own probability.
-        logsumexp_R1 = max_logit_R1 - probs_RV.amax(dim=1, keepdim=True).log_()
+        logsumexp_R1 = max_logit_R1 - probs_RV.gather(1, argmax_R1).log_()
         self.row_losses[chunk] = (logsumexp_R1 - target_logit_R1).squeeze(1)
-        self.correct[chunk] = (target_logit_R1 == max_logit_R1).squeeze(1)
 
         if self.grad_states is None and self.grad_weight is None:
             return

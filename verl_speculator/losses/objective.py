@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
 
 from verl_speculator.errors import ConfigError, DataError
-from verl_speculator.losses.alignment import head_inputs, head_targets, trained_positions
+from verl_speculator.losses.alignment import ChainRows, chain_rows, head_inputs, head_targets, trained_positions
 from verl_speculator.losses.linear_cross_entropy import linear_cross_entropy
 from verl_speculator.losses.packed import PackedHiddenStates
+from verl_speculator.losses.soft_targets import HeadRows, Objective, TargetHead, soft_target_loss
+from verl_speculator.models import ChainSpeculator
 
+# One weight for each head, `{"decay": γ}`, `"adaptive"`, or None.
+HeadLossWeights: TypeAlias = Sequence[float] | Mapping[str, float] | str | None
 
-class DraftsTokens(Protocol):
-    """What the objective needs of a speculator."""
-
-    @property
-    def n_predict(self) -> int: ...
-
-    @property
-    def heads_are_tied(self) -> bool:
-        """Whether every head has the same vocabulary matrix."""
-        ...
-
-    def begin(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
-        """The state of the chain before its first token, each part [..., some width], from [..., H]."""
-        ...
-
-    def step(self, state: Any, tokens: Tensor, head_index: int) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Read `tokens` [...] with a head: the state after it, and the output [..., D] before the vocabulary matrix."""
-        ...
-
-    def head_weight(self, head_index: int) -> Tensor:
-        """The vocabulary matrix of a head: [V, D]."""
-        ...
-
-
-@runtime_checkable
-class EmbedsAtOnce(Protocol):
-    """A speculator whose `step` also takes the embeddings of its tokens."""
-
-    def embed(self, tokens: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """Embeddings [..., E] of each head's `tokens` [...] from one lookup; None if the heads do not share a table.
-
-        The gradient of a table is as large as the table: one lookup has one, and not one for each head.
-        """
-        ...
+CROSS_ENTROPY = Objective()
 
 
 class SpeculatorLoss(NamedTuple):
@@ -57,21 +28,15 @@ class SpeculatorLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class _HeadRows(NamedTuple):
-    """What one head drafts at the positions that train it."""
-
-    positions_N: Tensor
-    outputs_ND: Tensor
-
-
 def speculator_loss(
-    speculator: DraftsTokens,
+    speculator: ChainSpeculator,
     packed: PackedHiddenStates,
     *,
-    head_loss_weights: Sequence[float] | None = None,
+    objective: Objective = CROSS_ENTROPY,
+    head_loss_weights: HeadLossWeights = None,
     chunk_size: int | None = None,
 ) -> SpeculatorLoss:
-    """Weighted mean over all heads of each head's mean cross entropy over its trained positions.
+    """Weighted mean over all heads of each head's mean loss over its trained positions.
 
     Means divide by `packed.head_counts` where it is given, and then the losses of a batch's parts add up to the loss
     of the whole. A head that nothing trains contributes 0 and the other heads' weights stay as they are: were they
@@ -81,30 +46,73 @@ def speculator_loss(
     and ranks do not wait for one another in a sharded backward.
 
     Args:
-        head_loss_weights: n_predict weights, used in proportion to their sum; None weighs all heads alike.
-        chunk_size: see `linear_cross_entropy`.
+        objective: What each position's loss is; one that compares with the target needs `packed.lm_head_weight`.
+        head_loss_weights: n_predict weights, used in proportion to their sum; `{"decay": γ}` weighs head i by γ^i;
+            None weighs all heads alike. `"adaptive"` does too, and each position by the chance that verification
+            reaches it, see `soft_targets`.
+        chunk_size: see `linear_cross_entropy` and `soft_target_loss`.
 
     Returns:
         The loss, and for each head i `head_{i}/loss_sum`, `head_{i}/count`, `head_{i}/correct_sum` (top-1), and
         `prefix_{i}/count` and `prefix_{i}/correct_sum`: positions where heads 0 to i are all trained, and all right.
+        Against the target also `head_{i}/cross_entropy_sum` and `head_{i}/overlap_sum`, the share of drafts that
+        sampled verification keeps.
     """
     n_predict = speculator.n_predict
-    weights = _normalised_weights(head_loss_weights, n_predict)
+    weights = normalised_weights(head_loss_weights, n_predict)
     trained_PT = trained_positions(packed.loss_mask, packed.cu_seqlens, n_predict)
     counts_P = trained_PT.sum(dim=1) if packed.head_counts is None else packed.head_counts.to(trained_PT.device)
     if counts_P.shape[0] != n_predict:
         raise DataError(f"head_counts must hold one count per head ({n_predict}); got {counts_P.shape[0]}.")
 
-    heads = _run_heads(speculator, packed, trained_PT)
-    sum_dtype = torch.promote_types(heads[0].outputs_ND.dtype, torch.float32)
-    scales_P = torch.tensor(weights, dtype=sum_dtype).to(trained_PT.device) / counts_P.clamp(min=1).to(sum_dtype)
-    loss, row_losses, correct = _heads_cross_entropy(speculator, packed.input_ids, heads, scales_P, chunk_size)
+    rows = chain_rows(trained_PT)
+    embedded = speculator.embed_all([head_inputs(packed.input_ids, at_N, i) for i, at_N in enumerate(rows.positions)])
+    unrolled = speculator.unroll(packed.hidden_states, embedded, lambda part, i: _select(part, rows.kept[i]))
+    outputs = [_select(output_ND, rows.trained[i]) for i, output_ND in enumerate(unrolled)]
+    targets = [head_targets(packed.input_ids, at_N, i) for i, at_N in enumerate(rows.trained_positions)]
 
-    correct_PT = torch.zeros_like(trained_PT)
-    for head_index, head in enumerate(heads):
-        correct_PT[head_index].index_copy_(0, head.positions_N, correct[head_index])
+    sum_dtype = torch.promote_types(outputs[0].dtype, torch.float32)
+    scales_P = torch.tensor(weights, dtype=sum_dtype).to(trained_PT.device) / counts_P.clamp(min=1).to(sum_dtype)
+    row_weights = [scales_P[i].expand(len(at_N)) for i, at_N in enumerate(rows.trained_positions)]
+    heads = [
+        HeadRows(
+            outputs[i],
+            speculator.head_weight(i),
+            targets[i],
+            row_weights[i],
+            *_related_rows(rows, i, head_loss_weights),
+        )
+        for i in range(n_predict)
+    ]
+    more_sums = {}
+    if objective.needs_target or head_loss_weights == "adaptive":
+        target_head = None
+        if objective.needs_target:
+            if packed.lm_head_weight is None:
+                raise DataError("an objective against the target's distribution needs lm_head_weight in the batch.")
+            target_head = TargetHead(packed.lm_head_weight)
+        target_states = _select(packed.hidden_states.detach(), rows.trained_positions[0] + 1)
+        result = soft_target_loss(heads, target_states, target_head, objective, chunk_size=chunk_size)
+        loss, row_losses, correct = result.loss, result.row_losses, result.correct
+        if objective.needs_target:
+            for i in range(n_predict):
+                more_sums[f"head_{i}/cross_entropy_sum"] = result.cross_entropies[i].sum().float()
+                more_sums[f"head_{i}/overlap_sum"] = result.overlaps[i].sum().float()
+    else:
+        calls = [head[:4] for head in heads]
+        if speculator.heads_are_tied:
+            # One call: the gradient of the tied matrix is then summed in place rather than once per head.
+            calls = [(torch.cat(outputs), heads[0].weight, torch.cat(targets), torch.cat(row_weights))]
+        results = [linear_cross_entropy(*call, chunk_size=chunk_size) for call in calls]
+        loss = torch.stack([part.loss for part in results]).sum()
+        sizes = [len(head.labels) for head in heads]
+        row_losses = torch.cat([part.row_losses for part in results]).split(sizes)
+        correct = torch.cat([part.correct for part in results]).split(sizes)
+
+    # All heads' rows one head after the other, which is the order of the trained positions in [n_predict, T].
+    correct_PT = torch.zeros_like(trained_PT).masked_scatter_(trained_PT, torch.cat(correct))
     loss_sums_P = torch.stack([losses.sum() for losses in row_losses])
-    return SpeculatorLoss(loss, _metric_sums(trained_PT, correct_PT, loss_sums_P))
+    return SpeculatorLoss(loss, _metric_sums(trained_PT, correct_PT, loss_sums_P) | more_sums)
 
 
 def speculator_metrics(sums: Mapping[str, float], n_predict: int) -> dict[str, float]:
@@ -116,13 +124,17 @@ def speculator_metrics(sums: Mapping[str, float], n_predict: int) -> dict[str, f
     Returns:
         `head_{i}/loss` and `head_{i}/accuracy`; `loss`, their unweighted mean over heads; and `acceptance_length`, the
         expected tokens per verification of greedy drafts along the training text, the target's own token included:
-        1 + the sum over i of the share of positions where heads 0 to i are all right. What has no positions is 0.
+        1 + the sum over i of the share of positions where heads 0 to i are all right. Against the target also
+        `head_{i}/cross_entropy` and `head_{i}/overlap`. What has no positions is 0.
     """
     metrics: dict[str, float] = {}
     acceptance_length = 1.0
     for i in range(n_predict):
         metrics[f"head_{i}/loss"] = _ratio(sums[f"head_{i}/loss_sum"], sums[f"head_{i}/count"])
         metrics[f"head_{i}/accuracy"] = _ratio(sums[f"head_{i}/correct_sum"], sums[f"head_{i}/count"])
+        for name in ("cross_entropy", "overlap"):
+            if f"head_{i}/{name}_sum" in sums:
+                metrics[f"head_{i}/{name}"] = _ratio(sums[f"head_{i}/{name}_sum"], sums[f"head_{i}/count"])
         acceptance_length += _ratio(sums[f"prefix_{i}/correct_sum"], sums[f"prefix_{i}/count"])
     metrics["loss"] = sum(metrics[f"head_{i}/loss"] for i in range(n_predict)) / n_predict
     metrics["acceptance_length"] = acceptance_length
@@ -133,10 +145,28 @@ def _ratio(total: float, count: float) -> float:
     return float(total) / float(count) if count else 0.0
 
 
-def _normalised_weights(head_loss_weights: Sequence[float] | None, n_predict: int) -> list[float]:
-    if head_loss_weights is None:
+def normalised_weights(head_loss_weights: HeadLossWeights, n_predict: int) -> list[float]:
+    """The weight of each head; they add up to 1.
+
+    Raises:
+        ConfigError: the setting is none of those that `speculator_loss` takes.
+    """
+    if head_loss_weights is None or head_loss_weights == "adaptive":
         return [1.0 / n_predict] * n_predict
-    weights = [float(weight) for weight in head_loss_weights]
+    if isinstance(head_loss_weights, Mapping):
+        decay = head_loss_weights.get("decay")
+        if set(head_loss_weights) != {"decay"} or not _is_number(decay) or not 0 < decay <= 1:
+            raise ConfigError(
+                "head_loss_weights must be {decay: γ} with a number above 0 and up to 1; "
+                f"got {dict(head_loss_weights)}."
+            )
+        weights = [float(decay) ** i for i in range(n_predict)]
+    elif isinstance(head_loss_weights, str) or not all(map(_is_number, head_loss_weights)):
+        raise ConfigError(
+            f"head_loss_weights must be a list of numbers, {{decay: γ}} or adaptive; got {head_loss_weights!r}."
+        )
+    else:
+        weights = [float(weight) for weight in head_loss_weights]
     if len(weights) != n_predict:
         raise ConfigError(f"head_loss_weights must hold one weight per head ({n_predict}); got {len(weights)}.")
     total = sum(weights)
@@ -145,23 +175,24 @@ def _normalised_weights(head_loss_weights: Sequence[float] | None, n_predict: in
     return [weight / total for weight in weights]
 
 
-def _run_heads(speculator: DraftsTokens, packed: PackedHiddenStates, trained_PT: Tensor) -> list[_HeadRows]:
-    # A row stays in the chain for as long as this head or a later one trains on it.
-    still_needed_PT = trained_PT.flip(0).cumsum(dim=0).flip(0) > 0
-    positions = [needed_T.nonzero().squeeze(1) for needed_T in still_needed_PT]
-    tokens = [head_inputs(packed.input_ids, positions_N, i) for i, positions_N in enumerate(positions)]
-    embedded = speculator.embed(tokens) if isinstance(speculator, EmbedsAtOnce) else None
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
-    state = speculator.begin(_select(packed.hidden_states, positions[0]))
-    heads = []
-    for i, positions_N in enumerate(positions):
-        if i > 0:
-            kept_N = still_needed_PT[i][positions[i - 1]].nonzero().squeeze(1)
-            state = tuple(_select(part, kept_N) for part in state)
-        state, outputs_ND = speculator.step(state, tokens[i] if embedded is None else embedded[i], i)
-        trained_N = trained_PT[i][positions_N].nonzero().squeeze(1)
-        heads.append(_HeadRows(_select(positions_N, trained_N), _select(outputs_ND, trained_N)))
-    return heads
+
+def _related_rows(rows: ChainRows, i: int, head_loss_weights: HeadLossWeights) -> tuple[Tensor, Tensor | None]:
+    """For head i the rows of the target's states it is compared with, and its positions' rows in the head before.
+
+    Every head's targets are among those of the first, which alone reach back to the start of a sequence: head i at
+    position t has the target of head 0 at t + i.
+    """
+    positions_N = rows.trained_positions[i]
+    target_rows_N = torch.searchsorted(rows.trained_positions[0], positions_N + i)
+    if i == 0 or head_loss_weights != "adaptive":
+        return target_rows_N, None
+    before_M = rows.trained_positions[i - 1]
+    found_N = torch.searchsorted(before_M, positions_N)
+    is_there_N = torch.isin(positions_N, before_M, assume_unique=True)
+    return target_rows_N, torch.where(is_there_N, found_N, -1)
 
 
 def _select(tensor: Tensor, index: Tensor) -> Tensor:
@@ -184,33 +215,6 @@ class _SelectRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, index, grad), None
-
-
-def _heads_cross_entropy(
-    speculator: DraftsTokens, input_ids: Tensor, heads: list[_HeadRows], scales_P: Tensor, chunk_size: int | None
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The loss, and each head's row losses [N_i] and correct [N_i]."""
-    targets = [head_targets(input_ids, head.positions_N, i) for i, head in enumerate(heads)]
-    row_weights = [scales_P[i].expand(head.positions_N.shape[0]) for i, head in enumerate(heads)]
-    if speculator.heads_are_tied:
-        # One call: the gradient of the shared matrix is then summed in place rather than once per head.
-        output = linear_cross_entropy(
-            torch.cat([head.outputs_ND for head in heads]),
-            speculator.head_weight(0),
-            torch.cat(targets),
-            torch.cat(row_weights),
-            chunk_size=chunk_size,
-        )
-        sizes = [head.positions_N.shape[0] for head in heads]
-        return output.loss, list(output.row_losses.split(sizes)), list(output.correct.split(sizes))
-    outputs = [
-        linear_cross_entropy(
-            head.outputs_ND, speculator.head_weight(i), targets[i], row_weights[i], chunk_size=chunk_size
-        )
-        for i, head in enumerate(heads)
-    ]
-    loss = torch.stack([output.loss for output in outputs]).sum()
-    return loss, [output.row_losses for output in outputs], [output.correct for output in outputs]
 
 
 def _metric_sums(trained_PT: Tensor, correct_PT: Tensor, loss_sums_P: Tensor) -> dict[str, Tensor]:

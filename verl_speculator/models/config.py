@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from verl_speculator.errors import ConfigError
+from verl_speculator.errors import ConfigError, nearest_name
 
 ConfigT = TypeVar("ConfigT", bound="SpeculatorConfig")
 
@@ -58,23 +57,22 @@ def require_one_of(value: object, choices: tuple[str, ...], name: str) -> None:
 class SpeculatorConfig:
     """Fields that every speculator has; a subclass adds those of its model.
 
-    A subclass names its `architectures`: the first is written to `config.json`, all of them are recognised in one.
-    `torch_dtype` is the type in which inference engines load the weights; it does not choose the training type.
-    `base_model_archs` is written when set, for engines that check which base model a speculator belongs to.
+    Attributes:
+        architectures: A subclass's names. The first is written to `config.json`, all of them are recognised in one.
+        torch_dtype: The type in which inference engines load the weights; it does not choose the training type.
+        base_model_archs: Written when set, for engines that check which base model a speculator belongs to.
 
     Raises:
-        ConfigError: a value that cannot work; the message begins with the name of its field.
+        ConfigError: A value that cannot work; the message begins with the name of its field.
     """
 
     architectures: ClassVar[tuple[str, ...]] = ()
-    model_type: ClassVar[str] = "mlp_speculator"
+    model_type: ClassVar[str] = "speculator"
 
     base_model_name_or_path: str = ""
     input_hidden_dim: int
     vocab_size: int
     n_predict: int = 5
-    scale_input: bool = False
-    tie_weights: bool = True
     torch_dtype: str = "bfloat16"
     base_model_archs: list[str] | None = None
 
@@ -93,8 +91,6 @@ class SpeculatorConfig:
             )
         for name in ("input_hidden_dim", "vocab_size", "n_predict"):
             require_positive_int(getattr(self, name), name)
-        for name in ("scale_input", "tie_weights"):
-            require_bool(getattr(self, name), name)
         require_one_of(self.torch_dtype, TORCH_DTYPES, "torch_dtype")
         archs = self.base_model_archs
         if archs is not None and not (isinstance(archs, list) and all(isinstance(arch, str) for arch in archs)):
@@ -128,13 +124,9 @@ class SpeculatorConfig:
             "architectures": [self.architectures[0]],
             "model_type": self.model_type,
             "base_model_name_or_path": self.base_model_name_or_path,
-            **self._width_entries(),
+            "input_hidden_dim": self.input_hidden_dim,
             "vocab_size": self.vocab_size,
             "n_predict": self.n_predict,
-            "n_candidates": self.n_predict,
-            "top_k_tokens_per_head": [1] * self.n_predict,
-            "scale_input": self.scale_input,
-            "tie_weights": self.tie_weights,
             "torch_dtype": self.torch_dtype,
         }
         if self.base_model_archs is not None:
@@ -149,16 +141,20 @@ class SpeculatorConfig:
         ignored, except one that looks like a misspelt field.
 
         Raises:
-            ConfigError: an unknown architecture, a missing key, a misspelt key or a value that cannot work.
+            ConfigError: An unknown architecture, a missing key, a misspelt key or a value that cannot work.
         """
         config_class = cls._class_for(values.get("architectures"))
-        fields = config_class._rename_file_keys(values)
-        names = [field.name for field in dataclasses.fields(config_class) if field.init]
-        _reject_misspelt_keys(fields, names)
-        required = [field.name for field in dataclasses.fields(config_class) if field.default is dataclasses.MISSING]
-        for name in required:
-            if name not in fields:
-                raise ConfigError(f"{name} is missing and must be a positive integer.")
+        fields = config_class._fields_from_file(values)
+        known = [field for field in dataclasses.fields(config_class) if field.init]
+        names = [field.name for field in known]
+        absent = [name for name in names if name not in fields]
+        for key in fields:
+            near = None if key in names else nearest_name(key, absent, cutoff=0.85)
+            if near:
+                raise ConfigError(f"{key} is not a speculator setting; {near} is.")
+        for field in known:
+            if field.default is dataclasses.MISSING and field.name in absent:
+                raise ConfigError(f"{field.name} is missing and must be a positive integer.")
         return config_class(**{name: fields[name] for name in names if name in fields})
 
     @classmethod
@@ -175,20 +171,9 @@ class SpeculatorConfig:
         return found
 
     @classmethod
-    def _rename_file_keys(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    def _fields_from_file(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         fields = dict(values)
         if "torch_dtype" not in fields and "dtype" in fields:
             fields["torch_dtype"] = fields["dtype"]
         # transformers writes null for what nobody set.
         return {name: value for name, value in fields.items() if value is not None}
-
-    def _width_entries(self) -> dict[str, Any]:
-        return {"input_hidden_dim": self.input_hidden_dim}
-
-
-def _reject_misspelt_keys(values: Mapping[str, Any], known: list[str]) -> None:
-    absent = [name for name in known if name not in values]
-    for key in values:
-        near = [] if key in known else difflib.get_close_matches(key, absent, n=1, cutoff=0.85)
-        if near:
-            raise ConfigError(f"{key} is not a speculator setting; {near[0]} is.")

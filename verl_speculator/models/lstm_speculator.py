@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.models.base import Speculator, State, register_speculator
-from verl_speculator.models.config import SpeculatorConfig, parse_width, require_bool, require_one_of
+from verl_speculator.models.chain import ChainSpeculator, ChainSpeculatorConfig, State
+from verl_speculator.models.config import parse_width, require_bool, require_one_of
 from verl_speculator.models.layers import RMSNorm, bridge, embedding, embedding_scale, for_head, linear
+from verl_speculator.models.speculator import Fused, register_speculator
 
 METHODS = ("sum_rnn", "sum_lstm")
 WIDTH_FIELDS = ("inner_dim", "emb_dim", "proj_dim")
-GATES = ("forget", "input", "cell", "output")
+# The order in which fused weights hold them: what goes through the sigmoid lies together.
+GATES = ("forget", "input", "output", "cell")
 
 
 @dataclass(kw_only=True)
-class ArcticLSTMSpeculatorConfig(SpeculatorConfig):
+class ArcticLSTMSpeculatorConfig(ChainSpeculatorConfig):
     """Adds the widths of state, token embeddings and projections, each an integer or `"1024.2048"` for a stack."""
 
     architectures: ClassVar[tuple[str, ...]] = (
@@ -63,16 +65,13 @@ class ArcticLSTMSpeculatorConfig(SpeculatorConfig):
         return parse_width(self.proj_dim, "proj_dim")
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "method": self.method, "tie_lstm_embs": self.tie_lstm_embs}
-
-    def _width_entries(self) -> dict[str, Any]:
-        widths = {name: getattr(self, name) for name in WIDTH_FIELDS}
-        return {"input_hidden_dim": self.input_hidden_dim, **widths}
+        own = {name: getattr(self, name) for name in (*WIDTH_FIELDS, "method", "tie_lstm_embs")}
+        return {**super().to_dict(), **own}
 
 
 @register_speculator(ArcticLSTMSpeculatorConfig)
-class ArcticLSTMSpeculator(Speculator):
-    """Snowflake's Arctic speculator; names, shapes and outputs are the reference's wherever the reference can run.
+class ArcticLSTMSpeculator(ChainSpeculator):
+    """Snowflake's Arctic speculator; names and shapes in files and outputs are the reference's where that can run.
 
     `sum_rnn`: `s = GELU(LN_i(P_i s + a·E_i x))`. Embedding and projection stacks repeat norm, GELU, linear; the norm
     stack repeats GELU, linear, norm. Where stacks meet with different widths, `emb_bridge.i` and `proj_bridge.i` lead
@@ -81,14 +80,17 @@ class ArcticLSTMSpeculator(Speculator):
     `sum_lstm`: gates `f, in, o = σ(P s + a·E x)`, `g = GELU(LN_c(P_c s + a·E_c x))`, `c = c·f + g·in`,
     `s = GELU(LN_s(c))·o`. As in the reference a further width adds no layer where it equals the one before. Where
     widths differ, `{gate}_emb_bridge` and `{gate}_proj_bridge` lead through their widths to the first inner width, at
-    which cell and gates live, and `state_bridge` from there through the inner widths to the state.
+    which cell and gates live, and `state_bridge` from there through the inner widths to the state. The four gates'
+    embeddings are one table here, side by side, and their projections one matrix: a step then has one gradient of a
+    table's size, and one matrix product where the file format's four tensors would have four.
     """
 
     config: ArcticLSTMSpeculatorConfig
 
     def __init__(self, config: ArcticLSTMSpeculatorConfig) -> None:
         super().__init__(config)
-        if config.method == "sum_lstm":
+        self.is_lstm = config.method == "sum_lstm"
+        if self.is_lstm:
             self._build_sum_lstm()
         else:
             self._build_sum_rnn()
@@ -97,29 +99,58 @@ class ArcticLSTMSpeculator(Speculator):
         self.embedding_scale = embedding_scale(config.n_predict, config.emb_widths[-1])
         self.reset_parameters()
 
+    @property
+    def embeddings_are_tied(self) -> bool:
+        return len(self.emb) == 1
+
     def begin(self, hidden_states: torch.Tensor) -> State:
         state = super().begin(hidden_states)
-        if self.config.method == "sum_lstm":
-            cell = hidden_states.new_zeros(*hidden_states.shape[:-1], self.cell_width)
-            return (*state, cell)
+        if self.is_lstm:
+            return (*state, hidden_states.new_zeros(*hidden_states.shape[:-1], self.cell_width))
         return state
 
-    def step(self, state: State, tokens: torch.Tensor, head_index: int) -> tuple[State, torch.Tensor]:
-        if self.config.method == "sum_lstm":
-            return self._step_sum_lstm(state, tokens, head_index)
-        return self._step_sum_rnn(state, tokens, head_index)
+    def embed(self, tokens: torch.Tensor, head_index: int) -> torch.Tensor:
+        """`E x` at the first inner width: [..., width] for `sum_rnn`; for `sum_lstm` [..., 4 gates or 1, width]."""
+        embedded = for_head(self.emb, head_index)(tokens)
+        if self.is_lstm:
+            return self._through_bridges("emb", embedded.unflatten(-1, (len(self.emb_gates), -1)), 0)
+        return for_head(self.emb_bridge, head_index)(embedded)
+
+    def step(self, state: State, embedded: torch.Tensor, head_index: int) -> tuple[State, torch.Tensor]:
+        projected = for_head(self.proj, head_index)(state[0])
+        if not self.is_lstm:
+            projected = for_head(self.proj_bridge, head_index)(projected)
+            mixed = torch.add(projected, embedded, alpha=self.embedding_scale)
+            output = F.gelu(for_head(self.ln, head_index)(mixed))
+            return (output,), output
+
+        projected = self._through_bridges("proj", projected.unflatten(-1, (len(GATES), -1)), head_index)
+        mixed = torch.add(projected, embedded, alpha=self.embedding_scale)
+        forget, write, read = torch.sigmoid(mixed[..., :3, :]).unbind(-2)
+        candidate = F.gelu(self.cell_ln[0](mixed[..., 3, :]))
+        cell = state[1] * forget + candidate * write
+        output = self.state_bridge[0](F.gelu(self.state_ln[0](cell)) * read)
+        return (output, cell), output
 
     def init_std(self, weight: torch.Tensor) -> float:
         return 1 / math.sqrt(min(weight.shape))
 
     def tied_copies(self) -> dict[str, str]:
         copies = super().tied_copies()
-        if self.config.method == "sum_lstm" and self.config.tie_lstm_embs:
-            copies |= {f"{gate}_emb": "forget_emb" for gate in GATES[1:]}
+        if self.is_lstm and self.config.tie_lstm_embs:
+            copies |= {f"{gate}_emb": f"{GATES[0]}_emb" for gate in GATES[1:]}
         return copies
 
+    def fused_tensors(self) -> dict[str, Fused]:
+        if not self.is_lstm:
+            return {}
+        fused = {"emb.0.weight": Fused(tuple(f"{gate}_emb.0.weight" for gate in self.emb_gates), dim=1)}
+        for i in range(len(self.proj)):
+            fused[f"proj.{i}.weight"] = Fused(tuple(f"{gate}_proj.{i}.weight" for gate in GATES), dim=0)
+        return fused
+
     def file_only_tensors(self) -> dict[str, tuple[int, ...]]:
-        if self.config.method != "sum_lstm" or self.n_predict > 1:
+        if not self.is_lstm or self.n_predict > 1:
             return {}
         # The reference always makes a second projection, which a single head never reaches.
         shape = (self.config.proj_widths[0], self.config.inner_widths[-1])
@@ -138,11 +169,6 @@ class ArcticLSTMSpeculator(Speculator):
         self.emb_bridge = nn.ModuleList(bridge((emb[-1], inner[0])) for _ in range(own))
         self.proj_bridge = nn.ModuleList(bridge((proj[-1], inner[0])) for _ in range(own_proj))
 
-    def _step_sum_rnn(self, state: State, tokens: torch.Tensor, head_index: int) -> tuple[State, torch.Tensor]:
-        (hidden,) = state
-        output = F.gelu(for_head(self.ln, head_index)(self._mix("", hidden, tokens, head_index)))
-        return (output,), output
-
     def _build_sum_lstm(self) -> None:
         config = self.config
         emb, proj, inner = config.emb_widths, config.proj_widths, config.inner_widths
@@ -150,38 +176,26 @@ class ArcticLSTMSpeculator(Speculator):
         if emb[0] == proj[0] == inner[0] == inner[-1]:
             # The reference runs here and looks at no width in between.
             emb_path = proj_path = state_path = inner[:1]
-        for gate in GATES[:1] if config.tie_lstm_embs else GATES:
-            self.add_module(f"{gate}_emb", nn.ModuleList([embedding(config.vocab_size, emb[0])]))
-            self.add_module(f"{gate}_emb_bridge", nn.ModuleList([bridge(emb_path)]))
+        self.emb_gates = GATES[:1] if config.tie_lstm_embs else GATES
         inputs = (config.input_hidden_dim, inner[-1])[: config.n_predict]
+        self.emb = nn.ModuleList([embedding(config.vocab_size, len(self.emb_gates) * emb[0])])
+        self.proj = nn.ModuleList(linear(width, len(GATES) * proj[0]) for width in inputs)
+        for gate in self.emb_gates:
+            self.add_module(f"{gate}_emb_bridge", nn.ModuleList([bridge(emb_path)]))
         for gate in GATES:
-            self.add_module(f"{gate}_proj", nn.ModuleList(linear(width, proj[0]) for width in inputs))
             self.add_module(f"{gate}_proj_bridge", nn.ModuleList(bridge(proj_path) for _ in inputs))
         self.cell_width = inner[0]
         self.cell_ln = nn.ModuleList([RMSNorm(inner[0])])
         self.state_ln = nn.ModuleList([RMSNorm(inner[0])])
         self.state_bridge = nn.ModuleList([bridge(state_path)])
 
-    def _step_sum_lstm(self, state: State, tokens: torch.Tensor, head_index: int) -> tuple[State, torch.Tensor]:
-        hidden, cell = state
-        forget, write, candidate, read = (self._mix(f"{gate}_", hidden, tokens, head_index) for gate in GATES)
-        candidate = F.gelu(for_head(self.cell_ln, head_index)(candidate))
-        cell = cell * torch.sigmoid(forget) + candidate * torch.sigmoid(write)
-        hidden = F.gelu(for_head(self.state_ln, head_index)(cell)) * torch.sigmoid(read)
-        output = for_head(self.state_bridge, head_index)(hidden)
-        return (output, cell), output
-
-    def _mix(self, prefix: str, hidden: torch.Tensor, tokens: torch.Tensor, head_index: int) -> torch.Tensor:
-        """`P s + a·E x` at the first inner width, with the modules whose names begin with `prefix`."""
-        emb_prefix = "forget_" if prefix and self.config.tie_lstm_embs else prefix
-        embedded = self._bridged(f"{emb_prefix}emb", tokens, head_index)
-        projected = self._bridged(f"{prefix}proj", hidden, head_index)
-        return torch.add(projected, embedded, alpha=self.embedding_scale)
-
-    def _bridged(self, name: str, x: torch.Tensor, head_index: int) -> torch.Tensor:
-        layers = cast(nn.ModuleList, self.get_submodule(name))
-        bridges = cast(nn.ModuleList, self.get_submodule(f"{name}_bridge"))
-        return for_head(bridges, head_index)(for_head(layers, head_index)(x))
+    def _through_bridges(self, name: str, x: torch.Tensor, head_index: int) -> torch.Tensor:
+        """Each gate's part of `x` [..., gates, width] through its own bridge, where widths differ."""
+        gates = self.emb_gates if name == "emb" else GATES
+        bridges = [for_head(getattr(self, f"{gate}_{name}_bridge"), head_index) for gate in gates]
+        if not list(bridges[0].children()):
+            return x
+        return torch.stack([bridge(part) for bridge, part in zip(bridges, x.unbind(-2), strict=True)], dim=-2)
 
 
 def _input_stack(first: nn.Module, widths: tuple[int, ...]) -> nn.Sequential:

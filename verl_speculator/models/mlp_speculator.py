@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,13 +12,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.models.base import Speculator, State, register_speculator
-from verl_speculator.models.config import SpeculatorConfig, parse_width
+from verl_speculator.models.chain import ChainSpeculator, ChainSpeculatorConfig, State
+from verl_speculator.models.config import parse_width
 from verl_speculator.models.layers import RMSNorm, embedding, embedding_scale, for_head, linear
+from verl_speculator.models.speculator import register_speculator
 
 
 @dataclass(kw_only=True)
-class MLPSpeculatorConfig(SpeculatorConfig):
+class MLPSpeculatorConfig(ChainSpeculatorConfig):
     """Adds `inner_dim`, the width of state and token embeddings; 0 is the base model's hidden size.
 
     In `config.json` the key `emb_dim` is the base model's hidden size, here `input_hidden_dim`.
@@ -38,19 +39,20 @@ class MLPSpeculatorConfig(SpeculatorConfig):
         if not stands_for_hidden_size and len(parse_width(self.inner_dim, "inner_dim")) > 1:
             raise ConfigError(f"inner_dim must be a single integer for an MLP speculator, not {self.inner_dim!r}.")
 
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        return values | {"emb_dim": values.pop("input_hidden_dim"), "inner_dim": self.inner_dim}
+
     @classmethod
-    def _rename_file_keys(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        fields = super()._rename_file_keys(values)
+    def _fields_from_file(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        fields = super()._fields_from_file(values)
         if "input_hidden_dim" not in fields and "emb_dim" in fields:
             fields["input_hidden_dim"] = fields["emb_dim"]
         return fields
 
-    def _width_entries(self) -> dict[str, Any]:
-        return {"emb_dim": self.input_hidden_dim, "inner_dim": self.inner_dim}
-
 
 @register_speculator(MLPSpeculatorConfig)
-class MLPSpeculator(Speculator):
+class MLPSpeculator(ChainSpeculator):
     """`s = GELU(LN_i(P_i s + a·E_i x))`, `logits_i = head_i(s)` (Wertheimer et al. 2024, arXiv:2404.19124).
 
     Tied, all heads share one embedding, norm and vocabulary matrix, and all but the first one projection.
@@ -70,19 +72,15 @@ class MLPSpeculator(Speculator):
         self.embedding_scale = embedding_scale(n_predict, width)
         self.reset_parameters()
 
-    def embed(self, tokens: Sequence[torch.Tensor]) -> Sequence[torch.Tensor] | None:
-        """Embeddings [N_i, inner_dim] of every head's tokens [N_i] from one lookup, for `step`; None if untied.
+    @property
+    def embeddings_are_tied(self) -> bool:
+        return len(self.emb) == 1
 
-        None too for a subclass with a `step` of its own, which may know nothing of embeddings.
-        """
-        if len(self.emb) > 1 or type(self).step is not MLPSpeculator.step:
-            return None
-        return self.emb[0](torch.cat(list(tokens))).split([len(head_tokens) for head_tokens in tokens])
+    def embed(self, tokens: torch.Tensor, head_index: int) -> torch.Tensor:
+        return for_head(self.emb, head_index)(tokens)
 
-    def step(self, state: State, tokens: torch.Tensor, head_index: int) -> tuple[State, torch.Tensor]:
-        """As `Speculator.step`; floating point `tokens` [..., inner_dim] are embeddings already."""
+    def step(self, state: State, embedded: torch.Tensor, head_index: int) -> tuple[State, torch.Tensor]:
         (hidden,) = state
-        embedded = tokens if tokens.is_floating_point() else for_head(self.emb, head_index)(tokens)
         mixed = torch.add(for_head(self.proj, head_index)(hidden), embedded, alpha=self.embedding_scale)
         output = F.gelu(for_head(self.ln, head_index)(mixed))
         return (output,), output

@@ -46,8 +46,6 @@ def read_config(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} must hold a JSON object, not {type(values).__name__}.")
-    # Files from before weights could be tied do not have the key.
-    values.setdefault("tie_weights", False)
     return values
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from verl_speculator.models import Speculator
+from verl_speculator.models import ChainSpeculator
 
 
 class DraftGraphs:
-    """Graphs of `Speculator.draft` for batch sizes 1, 2, 4, ... up to `max_batch`, captured when it is built.
+    """Graphs of `ChainSpeculator.draft` for batch sizes 1, 2, 4, ... up to `max_batch`, captured when it is built.
 
     A batch runs in the smallest graph it fits into. Batches beyond `largest` and other numbers of drafts run without.
     """
 
-    def __init__(self, speculator: Speculator, max_batch: int, num_tokens: int, largest: int = 256) -> None:
+    def __init__(self, speculator: ChainSpeculator, max_batch: int, num_tokens: int, largest: int = 256) -> None:
         self.speculator = speculator
         self.num_tokens = num_tokens
         sizes = [1 << power for power in range(min(max_batch, largest).bit_length() + 1)]
@@ -29,7 +29,7 @@ class DraftGraphs:
         self._capture()
 
     def draft(self, hidden_states: Tensor, last_token: Tensor, num_tokens: int) -> Tensor:
-        """As `Speculator.draft`: [B, num_tokens] from [B, H] and [B]."""
+        """As `ChainSpeculator.draft`: [B, num_tokens] from [B, H] and [B]."""
         batch = len(last_token)
         if num_tokens != self.num_tokens or batch > self.sizes[-1]:
             return self.speculator.draft(hidden_states, last_token, num_tokens)

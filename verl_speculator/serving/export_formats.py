@@ -17,6 +17,7 @@ from typing import Any
 from verl_speculator.errors import ConfigError
 from verl_speculator.models import (
     ArcticLSTMSpeculatorConfig,
+    ChainSpeculatorConfig,
     MLPSpeculator,
     MLPSpeculatorConfig,
     Speculator,
@@ -58,7 +59,7 @@ def as_mlp(speculator: Speculator) -> Speculator:
             "IBM's format holds a sum_rnn speculator only if inner_dim, emb_dim and proj_dim are one and the same "
             f"number, not {config.inner_dim}, {config.emb_dim} and {config.proj_dim}."
         )
-    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(SpeculatorConfig) if field.init}
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(ChainSpeculatorConfig)}
     mlp = MLPSpeculator(MLPSpeculatorConfig(**shared, inner_dim=config.inner_widths[0]))
     # emb.0.0.weight is emb.0.weight: a stack of one layer and the layer.
     state = {re.sub(r"^(emb|proj|ln)\.(\d+)\.0\.", r"\1.\2.", name): t for name, t in speculator.state_dict().items()}

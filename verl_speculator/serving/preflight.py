@@ -6,10 +6,9 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
-from pathlib import Path
 
+from verl_speculator.base_model.files import read_base_sizes
 from verl_speculator.errors import ConfigError, MissingFileError
-from verl_speculator.models.serialization import read_config
 from verl_speculator.serving.compatibility import check_version
 from verl_speculator.serving.recognition import find_speculator, known_architectures, number_of_drafts
 
@@ -31,9 +30,9 @@ def check_before_serving(base: str, speculator: str, num_tokens: int | None, res
             f"whose architectures hold one of {', '.join(sorted(known_architectures()))}."
         )
     number_of_drafts(found.config, num_tokens)
-    sizes = base_sizes(base)
+    sizes = read_base_sizes(base, key="BASE")
     if sizes is not None:
-        found.config.check_fits_base(*sizes)
+        found.config.check_fits_base(sizes.hidden_size, sizes.vocab_size)
 
 
 def _check_engine() -> None:
@@ -62,14 +61,3 @@ def _installed_version() -> str | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-def base_sizes(base: str) -> tuple[int, int] | None:
-    """Hidden size and vocabulary of a base model in a folder; None where only vLLM can tell."""
-    config_file = Path(base) / "config.json"
-    if not config_file.is_file():
-        return None
-    values = read_config(config_file)
-    values = values.get("text_config") or values
-    hidden_size, vocab_size = values.get("hidden_size"), values.get("vocab_size")
-    return (hidden_size, vocab_size) if isinstance(hidden_size, int) and isinstance(vocab_size, int) else None

@@ -1,15 +1,16 @@
-"""The proposer that vLLM's `custom_class` method loads: it drafts with `verl_speculator.models.Speculator`."""
+"""The proposer that vLLM's `custom_class` method loads: it drafts with a `ChainSpeculator`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.models import Speculator
+from verl_speculator.models import ChainSpeculator
 from verl_speculator.serving import rejection_sampler_fix, runner_hook
 from verl_speculator.serving.compatibility import moved
 from verl_speculator.serving.draft_graphs import DraftGraphs
@@ -46,9 +47,9 @@ class SpeculatorProposer(runner_hook.StepReceiver):
         device = _device()
         dtype = self.vllm_config.model_config.dtype
         # Not `model`: vLLM looks for the layers of a transformer in an attribute of that name.
-        self.speculator = Speculator.from_pretrained(folder, dtype=dtype, device=device).eval()
+        self.speculator = ChainSpeculator.from_pretrained(folder, dtype=dtype, device=device).eval()
         self.speculator.requires_grad_(False)
-        self.draft = self.speculator.draft
+        self.draft: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor] = self.speculator.draft
         if os.environ.get(GRAPHS_VARIABLE) == "1" and device.type == "cuda":
             batch = self.vllm_config.scheduler_config.max_num_seqs
             drafts = self.vllm_config.speculative_config.num_speculative_tokens

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from omegaconf import DictConfig
 
 from verl_speculator.errors import SpeculatorError
-from verl_speculator.trainer.configuration import load_config
+from verl_speculator.trainer.config.compose import load_config
+from verl_speculator.trainer.config.preflight import check_run
 from verl_speculator.trainer.launch import joins_cluster
-from verl_speculator.trainer.preflight import check_run
 
 EXIT_USER_ERROR = 2
 
@@ -18,9 +18,16 @@ EXIT_USER_ERROR = 2
 def run_trainer(
     train: Callable[[DictConfig], None], overrides: Sequence[str], world_size: int | None, rank: int = 0
 ) -> int:
-    """Check the configuration and train; the exit status.
+    """Check the configuration and train.
 
-    :param world_size: None on a Ray driver, which takes it from ``trainer.nnodes`` and ``trainer.n_gpus_per_node``
+    Args:
+        train: trains with the checked configuration.
+        overrides: `key=value` from the command line.
+        world_size: None on a Ray driver, which takes it from `trainer.nnodes` and `trainer.n_gpus_per_node`.
+        rank: of this process.
+
+    Returns:
+        The exit status: 0, or 2 after an error of the user's.
     """
     try:
         config = load_config(overrides)

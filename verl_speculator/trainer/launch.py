@@ -10,15 +10,19 @@ from typing import NoReturn
 from omegaconf import DictConfig
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.parallelism import engine_name
+from verl_speculator.trainer.config.compose import engine_name, load_config
 
 
 def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> NoReturn:
     """Check the run, then replace this process by the trainer's.
 
-    :param num_processes: processes on this machine, each with a device of its own; None takes one for each device
-    :raises SpeculatorError: one sentence about the first thing that cannot work
+    Args:
+        overrides: `key=value` from the command line.
+        num_processes: processes on this machine, each with a device of its own; None takes one for each device.
+        use_ray: start a Ray driver instead of torchrun.
+
+    Raises:
+        SpeculatorError: one sentence about the first thing that cannot work.
     """
     command, environment = plan(overrides, num_processes=num_processes, use_ray=use_ray)
     sys.stdout.flush()
@@ -29,8 +33,8 @@ def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) 
     """The command and the environment with which a run that has passed all checks is to be started."""
     config = load_config(overrides)
     # Only now: a mistyped key is answered before torch has been loaded.
-    from verl_speculator.trainer.preflight import check_run
-    from verl_speculator.trainer.values import refuse_on_cpu
+    from verl_speculator.trainer.config.preflight import check_run
+    from verl_speculator.trainer.config.rules import refuse_on_cpu
 
     num_devices = _count_devices()
     if num_processes is None:

@@ -19,14 +19,19 @@ from verl.workers.config import TrainingWorkerConfig
 
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
 from verl_speculator.data.loading import PaddedEvaluation, ResumableSampler
-from verl_speculator.engine.metric_sums import SUMS_KEY
 from verl_speculator.engine.model_config import MODEL_TYPE
+from verl_speculator.engine.step_sums import SUMS_KEY
+from verl_speculator.models.serialization import SUBFOLDER
 from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
 from verl_speculator.trainer.metrics_log import MetricsLog
 
 
 class SpeculatorTrainingLoop(ABC):
-    """Mixed into verl's two ``SFTTrainer`` classes, which build configuration, dataset and workers."""
+    """Mixed into verl's two `SFTTrainer` classes, which build configuration, dataset and workers.
+
+    verl calls `_build_dataloader`, `_build_engine` and `_build_ckpt_handler` from its constructor, in an order that
+    differs between the two, and then `ckpt_handler.load_checkpoint()`.
+    """
 
     # From verl's trainers
     config: Any
@@ -88,19 +93,18 @@ class SpeculatorTrainingLoop(ABC):
             num_workers=data.num_workers,
             collate_fn=SFTTensorCollator(data.pad_mode),
         )
-        self.val_dataloader = self._build_val_dataloader(rank, num_shards) if self.val_dataset else None
-
-    def _build_val_dataloader(self, rank: int, num_shards: int) -> DataLoader:
-        data = self.config.data
-        multiple = self.data_parallel_size() * (1 if data.use_dynamic_bsz else data.micro_batch_size_per_gpu)
-        padded = PaddedEvaluation(self.val_dataset, multiple)
-        return DataLoader(
-            padded,
-            batch_size=self.global_batch_size // num_shards,
-            sampler=range(rank, len(padded), num_shards),
-            num_workers=data.num_workers,
-            collate_fn=SFTTensorCollator(data.pad_mode),
-        )
+        self.val_dataloader = None
+        if self.val_dataset:
+            # The last batch too must be cut evenly, among ranks and into micro-batches.
+            multiple = self.data_parallel_size() * (1 if data.use_dynamic_bsz else data.micro_batch_size_per_gpu)
+            padded = PaddedEvaluation(self.val_dataset, multiple)
+            self.val_dataloader = DataLoader(
+                padded,
+                batch_size=self.global_batch_size // num_shards,
+                sampler=range(rank, len(padded), num_shards),
+                num_workers=data.num_workers,
+                collate_fn=SFTTensorCollator(data.pad_mode),
+            )
 
     def _plan_steps(self) -> None:
         """Steps an epoch and in all, and how often to validate and save; verl's meanings."""
@@ -120,7 +124,12 @@ class SpeculatorTrainingLoop(ABC):
         position = self.ckpt_handler.position
         self._tracking, self._metrics_log = None, None
         if self.is_logging():
-            self._tracking = self._open_tracking()
+            self._tracking = Tracking(
+                project_name=self.config.trainer.project_name,
+                experiment_name=self.config.trainer.experiment_name,
+                default_backend=self.config.trainer.logger,
+                config=OmegaConf.to_container(self.config, resolve=True),
+            )
             self._metrics_log = MetricsLog(self.config.trainer.default_local_dir, position.global_step)
         try:
             self._run(position)
@@ -143,18 +152,10 @@ class SpeculatorTrainingLoop(ABC):
             if is_last or _is_due(self.save_freq, position.global_step):
                 folder = self.ckpt_handler.save()
                 if self.is_logging():
-                    tqdm.write(f"Saved {folder / 'speculator'}")
-
-    def _open_tracking(self) -> Tracking:
-        return Tracking(
-            project_name=self.config.trainer.project_name,
-            experiment_name=self.config.trainer.experiment_name,
-            default_backend=self.config.trainer.logger,
-            config=OmegaConf.to_container(self.config, resolve=True),
-        )
+                    tqdm.write(f"Saved {folder / SUBFOLDER}")
 
     def _batches(self, position: Position) -> Iterator[Any]:
-        """Batches from ``position`` on, which is kept up to date, until the last step."""
+        """Batches from `position` on, which is kept up to date, until the last step."""
         if position.samples >= self.steps_per_epoch * self.global_batch_size:
             position.epoch, position.samples = position.epoch + 1, 0
         with tqdm(
@@ -178,8 +179,9 @@ class SpeculatorTrainingLoop(ABC):
 
     def _train_step(self, batch: Mapping[str, Any], position: Position) -> dict[str, float]:
         data = self._tensordict(batch)
-        seqlens = self._get_batch_seqlens(data=data)
-        seqlens = seqlens if isinstance(seqlens, list) else seqlens.tolist()
+        # Of the whole batch, over all ranks: a list from one of verl's trainers, a tensor from the other.
+        lengths = self._get_batch_seqlens(data=data)
+        seqlens = lengths if isinstance(lengths, list) else lengths.tolist()
         tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=NonTensorData(seqlens))
         self._profile_at(position.global_step)
         start = time.perf_counter()

@@ -1,6 +1,4 @@
-"""The log that every run leaves in its own folder: ``metrics.jsonl``, one JSON object a line.
-
-::
+"""The log that every run leaves in its own folder: `metrics.jsonl`, one JSON object a line.
 
     {"step": 0, "metrics": {}, "start": true}             a process has begun, or resumed, after this step
     {"step": 1, "metrics": {"train/loss": 7.9, ...}}      a value that is no finite number is null
@@ -23,12 +21,13 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Appends to ``metrics.jsonl``; each line is in the file when the call returns.
+    """Appends to `metrics.jsonl`; each line is in the file when the call returns.
 
     The file is touched by the first line, so a run that fails before it keeps what was there. One process writes.
 
-    :param folder: the run's folder, ``trainer.default_local_dir``
-    :param start_step: the last step done before: 0, or that of the checkpoint from which the run goes on
+    Args:
+        folder: the run's folder, `trainer.default_local_dir`.
+        start_step: the last step done before: 0, or that of the checkpoint from which the run goes on.
     """
 
     def __init__(self, folder: str | os.PathLike[str], start_step: int) -> None:
@@ -42,18 +41,15 @@ class MetricsLog:
         if not values:
             return
         if self._stream is None:
-            self._stream = self._open()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _cut_unfinished_line(self.path)
+            self._stream = self.path.open("ab", buffering=0)
             self._write({"step": self._start_step, "metrics": {}, "start": True})
         self._write({"step": step, "metrics": values})
 
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
-
-    def _open(self) -> IO[bytes]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        _cut_unfinished_line(self.path)
-        return self.path.open("ab", buffering=0)
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._stream is not None

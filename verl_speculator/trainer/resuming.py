@@ -8,7 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.checkpoint.layout import RUN_CONFIG_FILE
 from verl_speculator.errors import ConfigError
-from verl_speculator.trainer.parallelism import engine_name, model_parallel_sizes
+from verl_speculator.trainer.config.compose import engine_name
+from verl_speculator.trainer.config.rules import model_parallel_sizes
 
 _AFRESH = "start afresh with trainer.resume_mode=disable or another trainer.default_local_dir"
 

@@ -1,4 +1,4 @@
-"""Training under torchrun: ``torchrun --nproc_per_node=N -m verl_speculator.trainer.sft_trainer key=value ...``"""
+"""Training under torchrun: `torchrun --nproc_per_node=N -m verl_speculator.trainer.sft_trainer key=value ...`"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from verl.workers.utils.losses import sft_loss
 
 from verl_speculator.platforms import cpu
 from verl_speculator.trainer.checkpoints import RunCheckpoints
-from verl_speculator.trainer.devices import apply_device
+from verl_speculator.trainer.config.devices import apply_device
 from verl_speculator.trainer.entry import run_trainer
 from verl_speculator.trainer.loop import SpeculatorTrainingLoop
 from verl_speculator.trainer.worker import SpeculatorTrainingWorker

@@ -1,4 +1,4 @@
-"""Training under Ray: ``python -m verl_speculator.trainer.sft_trainer_ray trainer.n_gpus_per_node=N key=value ...``"""
+"""Training under Ray: `python -m verl_speculator.trainer.sft_trainer_ray trainer.n_gpus_per_node=N key=value ...`"""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from verl.utils import tensordict_utils as tu
 
 from verl_speculator.platforms import cpu
 from verl_speculator.trainer.checkpoints import RunCheckpoints
-from verl_speculator.trainer.devices import apply_device
+from verl_speculator.trainer.config.devices import apply_device
+from verl_speculator.trainer.config.rules import data_parallel_size
 from verl_speculator.trainer.entry import run_trainer
 from verl_speculator.trainer.launch import joins_cluster
 from verl_speculator.trainer.loop import SpeculatorTrainingLoop
-from verl_speculator.trainer.parallelism import data_parallel_size
 from verl_speculator.trainer.sft_trainer import base_loss
 from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 

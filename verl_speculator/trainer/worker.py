@@ -8,7 +8,7 @@ from verl.workers.engine_workers import TrainingWorker
 
 from verl_speculator.engine import register_megatron
 from verl_speculator.platforms import cpu
-from verl_speculator.trainer.megatron_packages import check_packages
+from verl_speculator.trainer.config.megatron import check_packages
 
 
 class SpeculatorTrainingWorker(TrainingWorker):
@@ -19,8 +19,6 @@ class SpeculatorTrainingWorker(TrainingWorker):
             register_megatron()
         if cpu.is_active():
             cpu.init_process_group()
-        if config.engine_config.strategy == "megatron":
-            register_megatron()
         super().__init__(config)
         if self.model_config.freeze_base_model:
             # verl's estimate is for training the whole model: wrong where the base has no backward pass.

@@ -10,7 +10,7 @@ import torch
 from verl_speculator.adapters import LSTMSpeculatorAdapter, MLPSpeculatorAdapter, SpeculatorAdapter
 from verl_speculator.adapters.settings import SHARED_DEFAULTS
 from verl_speculator.errors import ConfigError
-from verl_speculator.losses import PackedHiddenStates, speculator_loss
+from verl_speculator.losses import Objective, PackedHiddenStates, speculator_loss
 from verl_speculator.models import ArcticLSTMSpeculator, MLPSpeculator
 
 NARROW = {**SHARED_DEFAULTS, "n_predict": 3, "inner_dim": 8, "emb_dim": 8, "proj_dim": 8}
@@ -131,7 +131,10 @@ def test_metrics_are_averaged_without_a_speculator(adapter, packed) -> None:
         (dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), "1024.x"), r"^model\.speculator\.inner_dim must be"),
         ({"tie_weights": 1}, r"^model\.speculator\.tie_weights must be true or false"),
         ({"scale_inputs": True}, r"^model\.speculator\.scale_inputs .* did you mean model\.speculator\.scale_input\?$"),
-        ({"qqq": 1}, r"^model\.speculator\.qqq is not a setting of this speculator; it has emb_dim, inner_dim,"),
+        (
+            {"qqq": 1},
+            r"^model\.speculator\.qqq is not a setting .*; it has emb_dim, head_loss_weights, inner_dim,",
+        ),
         ({"vocab_size": 5}, r"^model\.speculator\.vocab_size is not a setting"),
         ({"torch_dtype": "int8"}, r"^model\.speculator\.torch_dtype must be"),
     ],
@@ -155,3 +158,43 @@ def test_settings_that_mean_nothing_to_the_mlp(changes) -> None:
 def test_shared_settings_at_their_defaults_mean_nothing_to_the_mlp(base) -> None:
     built = MLPSpeculatorAdapter({**SHARED_DEFAULTS, "inner_dim": 8}).build_speculator_module(base)
     assert built.config.to_dict()["inner_dim"] == 8
+
+
+@pytest.mark.parametrize(
+    ("objective", "weights"),
+    [("kl", {"kl": 1.0}), ({"kl": 0.9, "lk": 0.1}, {"kl": 0.9, "lk": 0.1})],
+)
+def test_objective_comes_from_the_settings(base, packed, objective, weights) -> None:
+    settings = {**NARROW, "objective": objective, "objective_temperature": 0.5, "head_loss_weights": {"decay": 0.5}}
+    adapter = LSTMSpeculatorAdapter(settings)
+    adapter.speculator = adapter.build_speculator_module(base)
+    assert adapter.needs.target_head_weight
+    packed.lm_head_weight = torch.randn(40, packed.hidden_states.shape[1])
+    loss, metrics = adapter.compute_speculator_loss(packed)
+    expected = speculator_loss(
+        adapter.speculator, packed, objective=Objective(weights, 0.5), head_loss_weights=[4.0, 2.0, 1.0]
+    )
+    torch.testing.assert_close(loss, expected.loss)
+    summary = adapter.summarize_metrics({name: value.item() for name, value in metrics.items()})
+    assert 0 < summary["head_2/overlap"] < 1
+    assert summary["head_0/cross_entropy"] > 0
+
+
+def test_hard_labels_need_nothing_of_the_target() -> None:
+    assert not LSTMSpeculatorAdapter(NARROW).needs.target_head_weight
+    assert not LSTMSpeculatorAdapter({**NARROW, "head_loss_weights": "adaptive"}).needs.target_head_weight
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "klll"}, r"model\.speculator\.objective: 'klll' is none of ce, .*; did you mean kl\?"),
+        ({"objective": {"kl": -1}}, r"model\.speculator\.objective: the weight of kl must be 0 or a positive"),
+        ({"objective": "kl", "objective_temperature": 0}, r"model\.speculator\.objective: the temperature must be"),
+        ({"head_loss_weights": [1, 2]}, r"model\.speculator\.head_loss_weights must hold one weight per head \(3\)"),
+        ({"objectiv": "kl"}, r"model\.speculator\.objectiv is not a setting .* did you mean .*\.objective\?"),
+    ],
+)
+def test_wrong_objectives_name_their_key(settings, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MLPSpeculatorAdapter({**NARROW, **settings})

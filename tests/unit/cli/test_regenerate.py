@@ -6,6 +6,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl_speculator import cli
 
+CPU = "--device=cpu"
+
 
 def regenerate(base, data, output, *more: str) -> int:
     return cli.main(["regenerate", "--base", str(base), "--data", str(data), "--output", str(output), *more])
@@ -38,6 +40,10 @@ def test_writes_the_base_models_answers(base_model, chat_data, tmp_path, capsys)
         (["--limit", "0"], "--limit must be at least 1, not 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--temperature", "-1"], "--temperature must be 0 (greedy) or more, got -1.0"),
+        (
+            ["--device-map", "auto", "--device", "cpu"],
+            "--device-map spreads the base over all devices: leave out --device=cpu",
+        ),
         (["--chat-template", "absent.jinja"], "--chat-template: there is no file 'absent.jinja'"),
     ],
 )

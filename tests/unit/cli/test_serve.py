@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -106,3 +107,24 @@ def test_engine_that_would_not_speculate(break_it, reason, engine, base, make_sp
     break_it(monkeypatch)
     assert cli.main(["serve", base, "--speculator", str(folder)]) == 2
     assert reason in capsys.readouterr().err
+
+
+def test_a_base_with_a_broken_config_ends_in_one_sentence(engine, make_speculator, tmp_path, capsys) -> None:
+    _, folder = make_speculator("mlp")
+    (tmp_path / "config.json").write_text("{")
+    assert cli.main(["serve", str(tmp_path), "--speculator", str(folder), "--print-command"]) == 2
+    assert re.fullmatch(r"error: BASE: '.*config\.json' is not valid JSON \(.*\)\n", capsys.readouterr().err)
+
+
+def test_a_base_of_another_size_is_found_in_its_text_model_too(engine, make_speculator, tmp_path, capsys) -> None:
+    _, folder = make_speculator("mlp")
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hidden_size": HIDDEN, "vocab_size": VOCAB + 1}}))
+    assert cli.main(["serve", str(tmp_path), "--speculator", str(folder), "--print-command"]) == 2
+    assert f"the base model has {VOCAB + 1}" in capsys.readouterr().err
+
+
+def test_a_base_whose_sizes_only_vllm_knows_is_served(engine, make_speculator, tmp_path) -> None:
+    _, folder = make_speculator("mlp")
+    (tmp_path / "config.json").write_text('{"hidden_size": "8"}')
+    for base in (str(tmp_path), "owner/hub-name"):
+        assert cli.main(["serve", base, "--speculator", str(folder), "--print-command"]) == 0

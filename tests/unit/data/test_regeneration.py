@@ -160,12 +160,12 @@ def test_a_limit_takes_the_first_chats_of_all_files(target, tmp_path):
 
 @pytest.mark.parametrize(
     ("chat", "words"),
-    [([("assistant", "hello"), ("user", "x")], "nothing before it"), ([], "nothing before it")],
+    [([("assistant", "hello"), ("user", "x")], "nothing before it"), ([], "nothing to answer")],
 )
 def test_a_chat_with_nothing_to_answer(target, tmp_path, chat, words):
-    source = write(tmp_path / "chats.parquet", [CHATS[0], chat])
-    with pytest.raises(DataError, match=f"chat 1, .*{words}"):
-        regenerate_answers(*target, [source], tmp_path / "out.parquet", SETTINGS)
+    files = [write(tmp_path / "good.parquet", CHATS[:3]), write(tmp_path / "bad.parquet", [CHATS[0], chat])]
+    with pytest.raises(DataError, match=rf"^--data: .*bad\.parquet', row 1, .*{words}"):
+        regenerate_answers(*target, files, tmp_path / "out.parquet", SETTINGS)
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "batch_size"])

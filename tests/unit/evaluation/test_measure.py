@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from verl_speculator.base_model.loading import Target
+from verl_speculator.data.chats import Chat
+from verl_speculator.data.prompts import Prompt
 from verl_speculator.decoding import DecodingResult, DecodingTimes
-from verl_speculator.errors import ConfigError
 from verl_speculator.evaluation import measure as measuring
 from verl_speculator.evaluation.measure import Drafting, by_prompt, measure
-from verl_speculator.evaluation.prompts import Chat, Prompt
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.evaluation.summary import summarize_drafting, summarize_target
-from verl_speculator.evaluation.target import Target, check_sizes, pick_device
 
 CHAT = Chat("f", 0, [{"role": "user", "content": "q"}], None)
 PROMPTS = [Prompt(CHAT, [1] * length, []) for length in (5, 2, 4, 3)]
@@ -109,18 +107,3 @@ def test_numbers_of_the_target(calls) -> None:
     measurement, _, _ = run(calls, batch_size=2)
     health = summarize_target(measurement, 1.25, 10)
     assert (health.num_tokens, health.tokens_per_second, health.repeated_4grams) == (16, 2.0, 0.0)
-
-
-def test_device_that_is_not_there() -> None:
-    assert pick_device("cpu") == torch.device("cpu")
-    for name in ("nonsense", "meta", "cuda:77"):
-        with pytest.raises(ConfigError, match=f"^--device={name}"):
-            pick_device(name)
-
-
-def test_tokenizer_with_more_tokens_than_the_base_has_rows() -> None:
-    config = SimpleNamespace(hidden_size=8, vocab_size=100)
-    check_sizes(config, range(100), [], "base")
-    check_sizes(config, range(90), [], "base")  # rows beyond the tokens are padding
-    with pytest.raises(ConfigError, match="has 101 tokens and the model's vocabulary only 100"):
-        check_sizes(config, range(101), [], "base")

@@ -116,6 +116,10 @@ def test_base_without_a_chat_template(given, base_model, tmp_path) -> None:
     check_input(given(base=str(copy), chat_template=template), EvaluationSettings())
 
 
+def test_revision_of_a_folder(given) -> None:
+    refuse(ConfigError, "^--revision belongs to a name .* leave it out", given(), revision="main")
+
+
 def test_report_folder_that_cannot_be_made(tmp_path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^--report: cannot write to"):

@@ -44,3 +44,14 @@ def test_mistake_names_its_flag(values, message) -> None:
 )
 def test_labels_are_short_and_tell_apart(paths, labels) -> None:
     assert label_paths(tuple(map(Path, paths))) == labels
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "advice"),
+    [
+        (4, "lower --batch-size=4, then --max-new-tokens=128"),
+        (1, "lower --max-new-tokens=128, or use --dtype bfloat16"),
+    ],
+)
+def test_says_what_to_lower_when_memory_runs_out(batch_size, advice) -> None:
+    assert EvaluationSettings(batch_size=batch_size).memory_advice == advice

@@ -12,8 +12,8 @@ from verl_speculator.adapters import build_speculator_adapter
 from verl_speculator.errors import ConfigError
 from verl_speculator.losses import PackedHiddenStates
 from verl_speculator.models import Speculator
-from verl_speculator.trainer.configuration import load_config
-from verl_speculator.trainer.preflight import check_run
+from verl_speculator.trainer.config.compose import load_config
+from verl_speculator.trainer.config.preflight import check_run
 
 FILE = Path(__file__).resolve().parents[3] / "examples" / "custom_adapter" / "gated_adapter.py"
 NAMED = f"model.speculator_adapter={{path: {FILE}, name: GatedSpeculatorAdapter}}"

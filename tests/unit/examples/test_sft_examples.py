@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from verl_speculator.data.chat_parquet import check_chat_file
+from verl_speculator.data.chats import check_chat_file
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 README = CHECKOUT / "README.md"
@@ -326,7 +326,7 @@ def test_gsm8k_script_on_several_machines(script: Path, recorder: Path, tmp_path
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_settings_in_scripts_exist(script: Path, recorder: Path, tmp_path: Path) -> None:
-    from verl_speculator.trainer.configuration import load_config
+    from verl_speculator.trainer.config.compose import load_config
 
     lines = run_script(script, "2", str(tmp_path / "out"), path=recorder, cwd=tmp_path).stdout.splitlines()
     config = load_config([line for line in lines if "=" in line and not line.startswith("--")])
@@ -343,7 +343,7 @@ ON_MEGATRON = ["engine=megatron", "optim=megatron"]
     ("page", "groups", "at_least"), [(README, [], 30), (CHECKOUT / "docs" / "training.md", ON_MEGATRON, 10)]
 )
 def test_tables_give_the_configuration_its_real_defaults(page: Path, groups: list[str], at_least: int) -> None:
-    from verl_speculator.trainer.configuration import load_config
+    from verl_speculator.trainer.config.compose import load_config
 
     (table,) = re.findall(r"^\| key \| default \| meaning \|\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE)
     rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `([^`]+)` \|", table, re.MULTILINE)

@@ -3,7 +3,7 @@ from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
 from examples.demo.stdlib_functions import FunctionExample, write_splits
 from examples.demo.tokenizer import TURN_END, train_tokenizer
-from verl_speculator.data.regeneration import encode_prompts
+from verl_speculator.data.prompts import encode_prompt
 
 TEXTS = ['def f(x):\n    """Doc."""', "    return x + 1", "    if x is None:\n        return [1, 2]"]
 
@@ -47,7 +47,7 @@ def test_verl_cuts_a_conversation_into_its_turns(tokenizer, tmp_path):
 def test_the_prompt_of_generation_is_what_training_saw(tokenizer):
     messages = [{"role": "user", "content": "f"}, {"role": "assistant", "content": "    return"}]
 
-    prompt = encode_prompts(tokenizer, [messages[:1]])[0][0].tolist()
+    prompt = encode_prompt(tokenizer, messages[:1], "a chat")[1]
     whole = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False)).input_ids
 
     assert whole[: len(prompt)] == prompt

@@ -9,7 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from verl_speculator.decoding import DecodingResult, SamplingParams, generate, speculative_generate
 from verl_speculator.losses import PackedHiddenStates, acceptance_metrics, acceptance_sums
-from verl_speculator.models import ArcticLSTMSpeculatorConfig, MLPSpeculatorConfig, Speculator
+from verl_speculator.models import (
+    ArcticLSTMSpeculatorConfig,
+    ChainSpeculator,
+    ChainSpeculatorConfig,
+    MLPSpeculatorConfig,
+    Speculator,
+)
 
 VOCAB, HIDDEN, PROMPT, NEW_TOKENS = 7, 16, 5, 16
 CONFIGS = {
@@ -45,7 +51,7 @@ def target() -> LlamaForCausalLM:
 
 @pytest.fixture(params=sorted(CONFIGS))
 def speculator(request: pytest.FixtureRequest) -> Speculator:
-    torch.manual_seed(1)
+    torch.manual_seed(3)
     return Speculator.from_config(CONFIGS[request.param])
 
 
@@ -138,19 +144,22 @@ def test_overlap_is_the_sum_of_the_smaller_probabilities(target, speculator):
         assert sums[f"overlap_{head}/sum"] == pytest.approx(total, rel=1e-5)
 
 
-class _Recites:
+class _Recites(ChainSpeculator):
     """Drafts the tokens that follow in a text with different tokens, except where it is told to be wrong."""
 
-    n_predict = 3
-    heads_are_tied = True
-
     def __init__(self, text: list[int], wrong: set[tuple[int, int]]) -> None:
+        super().__init__(ChainSpeculatorConfig(input_hidden_dim=1, vocab_size=64, n_predict=3))
         self.text, self.wrong = text, wrong
+        self.head = torch.nn.ModuleList([torch.nn.Linear(64, 64, bias=False)])
+        torch.nn.init.eye_(self.head[0].weight)
 
     def begin(self, hidden_states):
         return (hidden_states[:, 0].long(),)
 
-    def step(self, state, tokens, head_index):
+    def embed(self, tokens, head_index):
+        return tokens
+
+    def step(self, state, embedded, head_index):
         (position,) = state
         outputs = torch.zeros(len(position), 64)
         for row, start in enumerate(position.tolist()):
@@ -158,8 +167,8 @@ class _Recites:
             outputs[row, 63 if (start, head_index) in self.wrong else target] = 1.0
         return (position,), outputs
 
-    def head_weight(self, head_index):
-        return torch.eye(64)
+    def init_std(self, weight):
+        return 1.0
 
 
 def _recited(wrong: set[tuple[int, int]], loss_mask: list[int], cu_seqlens: list[int]) -> tuple[float, float]:

@@ -79,6 +79,20 @@ def test_no_rows_give_zero_gradients_and_stay_in_the_graph(chunk_size):
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("chunk_size", [1, 4, None])
+def test_a_tie_is_right_only_where_decoding_would_take_the_target(chunk_size):
+    """Logits of a trained-looking row in bfloat16 are few different numbers, and the two largest are often the same."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight = torch.randn(200, 8, generator=generator), torch.randn(64, 8, generator=generator)
+    weight[32:] = weight[:32]  # every logit has a twin further on
+    states, weight = states.bfloat16(), weight.bfloat16()
+    first = (states @ weight.t()).argmax(dim=1)  # what decoding takes
+    assert (first < 32).all()
+    for targets, expected in ((first, True), (first + 32, False)):
+        output = linear_cross_entropy(states, weight, targets, torch.ones(200), chunk_size=chunk_size)
+        assert output.correct.tolist() == [expected] * 200
+
+
 def test_extreme_logits_stay_finite():
     states = torch.tensor([[300.0, -300.0], [-300.0, 300.0]], requires_grad=True)
     weight = torch.eye(2, requires_grad=True)

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from verl_speculator.errors import ConfigError, DataError
 from verl_speculator.losses import (
+    Objective,
     PackedHiddenStates,
     count_trained_positions,
     speculator_loss,
@@ -17,6 +19,8 @@ from verl_speculator.losses import (
 from verl_speculator.models import (
     ArcticLSTMSpeculator,
     ArcticLSTMSpeculatorConfig,
+    ChainSpeculator,
+    ChainSpeculatorConfig,
     MLPSpeculator,
     MLPSpeculatorConfig,
 )
@@ -25,30 +29,32 @@ HIDDEN, WIDTH, VOCAB, N_PREDICT = 6, 5, 13, 3
 LENGTHS = [7, 2, 1, 12, 3, 0, 4]
 
 
-class TinySpeculator(nn.Module):
-    """A chain with a two-part state, as small as one can be."""
+class TinySpeculator(ChainSpeculator):
+    """A chain with a two-part state, as small as one can be, whose tables count as untied."""
 
     def __init__(self, tied: bool, n_predict: int = N_PREDICT):
-        super().__init__()
-        self.n_predict = n_predict
-        self.heads_are_tied = tied
+        super().__init__(ChainSpeculatorConfig(input_hidden_dim=HIDDEN, vocab_size=VOCAB, n_predict=n_predict))
         self.start = nn.Linear(HIDDEN, WIDTH)
         self.emb = nn.Embedding(VOCAB, WIDTH)
         self.mix = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(n_predict))
-        self.head = nn.ParameterList(torch.randn(VOCAB, WIDTH) for _ in range(1 if tied else n_predict))
+        self.head = nn.ModuleList(nn.Linear(WIDTH, VOCAB, bias=False) for _ in range(1 if tied else n_predict))
+        self.reset_parameters()
 
     def begin(self, hidden_states):
         start = self.start(hidden_states)
         return start, torch.zeros_like(start)
 
-    def step(self, state, tokens, head_index):
+    def embed(self, tokens, head_index):
+        return self.emb(tokens)
+
+    def step(self, state, embedded, head_index):
         s, c = state
-        c = c + torch.sigmoid(self.mix[head_index](s)) * self.emb(tokens)
+        c = c + torch.sigmoid(self.mix[head_index](s)) * embedded
         s = torch.tanh(s + c)
         return (s, c), s
 
-    def head_weight(self, head_index):
-        return self.head[0 if self.heads_are_tied else head_index]
+    def init_std(self, weight):
+        return 1.0
 
 
 def _mlp(tied):
@@ -115,7 +121,7 @@ def _slow(speculator, packed, head_loss_weights):
             for i in range(n_predict):
                 if t + 2 + i >= end - start:
                     break
-                state, output = speculator.step(state, ids[t + 1 + i], i)
+                state, output = speculator.step(state, speculator.embed(ids[t + 1 + i], i), i)
                 log_probs = F.log_softmax(speculator.head_weight(i) @ output, dim=0)
                 target = ids[t + 2 + i]
                 trained = mask[t + 2 + i].item() == 1
@@ -238,7 +244,13 @@ def test_metrics_agree_with_the_loss_of_the_batch():
     assert metrics["loss"] == pytest.approx(result.loss.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("weights", [[1.0, 2.0], [0.0, 0.0, 0.0], [1.0, -1.0, 1.0], [1.0, float("nan"), 1.0]])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        *([1.0, 2.0], [0.0, 0.0, 0.0], [1.0, -1.0, 1.0], [1.0, float("nan"), 1.0], [1.0, True, "2"]),
+        *({"decay": 0.0}, {"decay": 1.5}, {"decya": 0.5}, {"decay": None}, "adaptiv"),
+    ],
+)
 def test_wrong_head_weights_are_refused(weights):
     with pytest.raises(ConfigError, match="head_loss_weights"):
         speculator_loss(_speculator("tiny_tied"), _batch(), head_loss_weights=weights)
@@ -256,9 +268,9 @@ class _RowCounter(TinySpeculator):
         super().__init__(tied)
         self.rows = []
 
-    def step(self, state, tokens, head_index):
-        self.rows.append(tokens.shape[0])
-        return super().step(state, tokens, head_index)
+    def step(self, state, embedded, head_index):
+        self.rows.append(len(embedded))
+        return super().step(state, embedded, head_index)
 
 
 def test_untrained_rows_never_enter_the_chain():
@@ -269,22 +281,127 @@ def test_untrained_rows_never_enter_the_chain():
     assert speculator.rows == [3, 2, 1]
 
 
-@pytest.mark.parametrize(("tied", "own_step", "lookups"), [(True, False, 1), (False, False, 3), (True, True, 3)])
-def test_a_shared_table_is_looked_up_once(tied, own_step, lookups) -> None:
-    """One lookup has one gradient of the table's size. A subclass with its own `step` gets tokens, as it expects."""
+@pytest.mark.parametrize(("name", "readings"), [("mlp_tied", 1), ("mlp_untied", 3), ("lstm", 1), ("rnn_untied", 3)])
+def test_a_shared_table_is_read_once(name, readings):
+    """One reading has one gradient of the table's size, whatever the number of heads and gates."""
+    speculator = _speculator(name)
+    read = []
+    for module in speculator.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda *_: read.append(1))
+    speculator_loss(speculator, _batch()).loss.backward()
+    assert len(read) == readings
 
-    class OwnStep(MLPSpeculator):
-        def step(self, state, tokens, head_index):
-            assert not tokens.is_floating_point()
-            return super().step(state, tokens, head_index)
 
-    config = MLPSpeculatorConfig(input_hidden_dim=6, vocab_size=11, n_predict=3, inner_dim=8, tie_weights=tied)
-    speculator = (OwnStep if own_step else MLPSpeculator)(config)
-    calls = []
-    for table in speculator.emb:
-        table.register_forward_hook(lambda *_: calls.append(1))
-    packed = PackedHiddenStates(
-        torch.randn(9, 6), torch.randint(11, (9,)), torch.ones(9, dtype=torch.long), torch.tensor([0, 5, 9])
+def test_index_sets_come_from_the_mask_once():
+    """On an accelerator every `nonzero` makes the host wait for the device."""
+    with _Operations() as operations:
+        speculator_loss(_speculator("mlp_tied"), _batch())
+    assert operations.names.count("aten::nonzero") == 1
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+TARGET_WEIGHT = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def _slow_rows(speculator, packed):
+    """(head, position in its sequence, sequence, logits, target logits, token) of every trained row, one at a time."""
+    for sequence, (start, end) in enumerate(pairwise(packed.cu_seqlens.tolist())):
+        ids, mask, hidden = (x[start:end] for x in (packed.input_ids, packed.loss_mask, packed.hidden_states))
+        for t in range(end - start):
+            state = speculator.begin(hidden[t])
+            for i in range(speculator.n_predict):
+                if t + 2 + i >= end - start:
+                    break
+                state, output = speculator.step(state, speculator.embed(ids[t + 1 + i], i), i)
+                if mask[t + 2 + i].item() == 1:
+                    logits = speculator.head_weight(i) @ output
+                    yield i, t, sequence, logits, TARGET_WEIGHT @ hidden[t + 1 + i], ids[t + 2 + i]
+
+
+def _slow_soft(speculator, packed, weights, head_loss_weights):
+    """The loss against the target's distributions, by the formulas, and the sum of each head's overlaps."""
+    n_predict = speculator.n_predict
+    losses, overlaps, kept = [[] for _ in range(n_predict)], [0.0] * n_predict, {}
+    for i, t, sequence, logits, target_logits, token in _slow_rows(speculator, packed):
+        q, p = logits.softmax(0), target_logits.softmax(0)
+        overlap = torch.minimum(p, q).sum()
+        kl = (p * (p.log() - q.log())).sum()
+        blend = torch.exp(-3 * overlap.detach())
+        terms = {"ce": -q[token].log(), "kl": kl, "tv": 1 - overlap, "lk": blend * kl + (1 - blend) * (1 - overlap)}
+        loss = sum(weight * terms[name] for name, weight in weights.items())
+        needs_target = set(weights) != {"ce"}
+        reach = 1.0
+        if head_loss_weights == "adaptive":
+            kept[sequence, t, i] = (overlap if needs_target else q[token]).item()
+            # A gap in the answer says nothing of the heads behind it.
+            for before in range(i - 1, -1, -1):
+                if (sequence, t, before) not in kept:
+                    break
+                reach *= (1 + kept[sequence, t, before]) / 2
+        losses[i].append(reach * loss)
+        overlaps[i] += overlap.item()
+    means = [torch.stack(head).mean() if head else torch.zeros((), dtype=torch.float64) for head in losses]
+    return torch.stack(means).mean(), overlaps
+
+
+@pytest.mark.parametrize("name", ["tiny_tied", "tiny_untied", "mlp_tied", "lstm"])
+@pytest.mark.parametrize("mask_kind", ["none", "all", "one", "random"])
+@pytest.mark.parametrize(
+    ("weights", "head_loss_weights"),
+    [({"kl": 1.0}, None), ({"tv": 0.5, "ce": 0.5}, None), ({"lk": 1.0}, "adaptive"), ({"ce": 1.0}, "adaptive")],
+)
+def test_soft_objectives_match_a_slow_loop(name, mask_kind, weights, head_loss_weights):
+    speculator, packed = _speculator(name), _batch(mask_kind)
+    expected, overlaps = _slow_soft(speculator, packed, weights, head_loss_weights)
+    packed.lm_head_weight = TARGET_WEIGHT
+    result = speculator_loss(
+        speculator, packed, objective=Objective(weights), head_loss_weights=head_loss_weights, chunk_size=3
     )
-    speculator_loss(speculator, packed).loss.backward()
-    assert len(calls) == lookups
+    torch.testing.assert_close(result.loss, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        _gradients(result.loss, speculator), _gradients(expected, speculator), rtol=1e-8, atol=1e-12
+    )
+    if "ce" not in weights:
+        found = [result.metrics[f"head_{i}/overlap_sum"].item() for i in range(N_PREDICT)]
+        assert found == pytest.approx(overlaps, rel=1e-6)
+    plain = speculator_loss(speculator, packed).metrics
+    for key in plain:
+        if "loss" not in key:
+            assert result.metrics[key] == plain[key], key
+
+
+@pytest.mark.parametrize("head_loss_weights", [None, "adaptive"])
+def test_soft_losses_and_gradients_do_not_depend_on_micro_batches(head_loss_weights):
+    speculator, packed = _speculator("tiny_tied"), _batch()
+    settings = {"objective": Objective({"lk": 1.0}), "head_loss_weights": head_loss_weights}
+    counts = count_trained_positions(packed.loss_mask, packed.cu_seqlens, N_PREDICT)
+    packed.lm_head_weight = TARGET_WEIGHT
+    parts = _split(packed, [0, 3, 7], counts)
+    for part in parts:
+        part.lm_head_weight = TARGET_WEIGHT
+    full = speculator_loss(speculator, packed, **settings).loss
+    loss = sum(speculator_loss(speculator, part, **settings).loss for part in parts)
+    torch.testing.assert_close(loss, full)
+    torch.testing.assert_close(_gradients(loss, speculator), _gradients(full, speculator))
+
+
+def test_soft_objective_without_the_target_is_refused():
+    with pytest.raises(DataError, match="needs lm_head_weight"):
+        speculator_loss(_speculator("tiny_tied"), _batch(), objective=Objective({"kl": 1.0}))
+
+
+def test_decaying_weights_are_powers():
+    speculator, packed = _speculator("tiny_tied"), _batch()
+    decayed = speculator_loss(speculator, packed, head_loss_weights={"decay": 0.5}).loss
+    listed = speculator_loss(speculator, packed, head_loss_weights=[4.0, 2.0, 1.0]).loss
+    torch.testing.assert_close(decayed, listed)

@@ -85,7 +85,7 @@ def test_mlp_files_of_other_projects(architecture, inner):
 
 
 def test_subclass_needs_no_architecture_but_checks_one():
-    assert MLPSpeculatorConfig.from_dict(BASE) == MLPSpeculatorConfig(**BASE)
+    assert MLPSpeculatorConfig.from_dict({**BASE, "tie_weights": True}) == MLPSpeculatorConfig(**BASE)
     with pytest.raises(ConfigError, match=r"^architectures must hold MLPSpeculatorPreTrainedModel"):
         MLPSpeculatorConfig.from_dict(ArcticLSTMSpeculatorConfig(**BASE).to_dict())
 
@@ -155,3 +155,24 @@ def test_base_of_another_size():
         config.check_fits_base(64, 211, "the one")
     with pytest.raises(ConfigError, match="trained for vocabulary size 211 and the base model has 212"):
         config.check_fits_base(48, 212)
+
+
+@pytest.mark.parametrize("config_class", [MLPSpeculatorConfig, ArcticLSTMSpeculatorConfig])
+@pytest.mark.parametrize("values", [BASE, {**BASE, "tie_weights": None}])
+def test_a_file_that_does_not_say_whether_weights_are_tied_has_them_untied(config_class, values):
+    assert config_class.from_dict(values) == config_class(**BASE, tie_weights=False)
+
+
+def test_the_base_has_only_what_every_speculator_has():
+    class OtherConfig(SpeculatorConfig):
+        architectures = ("Other",)
+
+    config = OtherConfig(**BASE)
+    assert config.to_dict() == {
+        "architectures": ["Other"],
+        "model_type": "speculator",
+        **BASE,
+        "n_predict": 5,
+        "torch_dtype": "bfloat16",
+    }
+    assert SpeculatorConfig.from_dict(config.to_dict()) == config

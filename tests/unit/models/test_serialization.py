@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,8 +10,15 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from verl_speculator.errors import CheckpointError, MissingFileError
-from verl_speculator.evaluation.speculator_files import read_speculator_config
-from verl_speculator.models import ArcticLSTMSpeculator, MLPSpeculator, MLPSpeculatorConfig, Speculator
+from verl_speculator.evaluation.preflight import read_speculator_configs
+from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings
+from verl_speculator.models import (
+    ArcticLSTMSpeculator,
+    MLPSpeculator,
+    MLPSpeculatorConfig,
+    Speculator,
+    register_speculator,
+)
 
 CONFIG = MLPSpeculatorConfig(input_hidden_dim=18, vocab_size=37, n_predict=3, inner_dim=24)
 
@@ -69,10 +77,11 @@ def test_sharded_weights(sharded):
 
 def test_sharded_weights_can_be_evaluated(sharded):
     folder, _ = sharded
-    assert read_speculator_config(folder) == CONFIG
+    given = EvaluationInput("base", (folder,), ()), EvaluationSettings(), None
+    assert read_speculator_configs(*given) == [CONFIG]
     next(folder.glob("*.index.json")).unlink()
     with pytest.raises(MissingFileError, match="holds no weights"):
-        read_speculator_config(folder)
+        read_speculator_configs(*given)
 
 
 def test_broken_shards(sharded):
@@ -145,6 +154,27 @@ def test_folder_that_contains_a_speculator_folder(saved):
 def test_dtype(saved):
     assert Speculator.from_pretrained(saved).head_weight(0).dtype == torch.float32
     assert {p.dtype for p in Speculator.from_pretrained(saved, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+
+
+@dataclass(kw_only=True)
+class MappedConfig(MLPSpeculatorConfig):
+    architectures = ("MappedSpeculator",)
+
+
+@register_speculator(MappedConfig)
+class MappedSpeculator(MLPSpeculator):
+    """Has a table of token ids, as speculators with a vocabulary of their own do."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("d2t", torch.arange(2**40, 2**40 + 37))
+
+
+def test_dtype_is_that_of_floating_point_tensors_only(tmp_path):
+    MappedSpeculator(MappedConfig(input_hidden_dim=18, vocab_size=37, inner_dim=24)).save_pretrained(tmp_path)
+    loaded = Speculator.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(loaded.d2t, torch.arange(2**40, 2**40 + 37))
 
 
 def test_subclass_checks_the_kind(saved):

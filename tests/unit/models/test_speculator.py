@@ -65,7 +65,7 @@ def test_primitives_make_up_forward(any_config, make_speculator, make_inputs):
     packed = hidden.flatten(0, 1)  # [10, H]
     state = speculator.begin(packed)
     for i, logits in enumerate(speculator(hidden, tokens)):
-        state, output = speculator.step(state, tokens[:, i : i + 5].flatten(), i)
+        state, output = speculator.step(state, speculator.embed(tokens[:, i : i + 5].flatten(), i), i)
         torch.testing.assert_close(output @ speculator.head_weight(i).T, logits.flatten(0, 1))
     assert speculator.heads_are_tied == (speculator.head_weight(0) is speculator.head_weight(any_config.n_predict - 1))
 
@@ -110,12 +110,80 @@ def test_initialisation_is_reproducible_and_scaled():
     assert not torch.equal(first.head_weight(0), second.head_weight(0))
     for speculator in (first, second):
         speculator.reset_parameters(torch.Generator().manual_seed(3))
-    for (name, one), other in zip(first.named_parameters(), second.parameters(), strict=True):
-        assert torch.equal(one, other), name
+    assert_initialised(first, second)
+
+
+@pytest.mark.parametrize("tie_lstm_embs", [False, True])
+def test_every_gate_is_initialised_by_its_own_shape(tie_lstm_embs):
+    """Although the four gates' weights are one parameter: its smaller side would be four times as large."""
+    config = lstm_config(
+        vocab_size=2048, input_hidden_dim=512, inner_dim=96, emb_dim=96, proj_dim=96, tie_lstm_embs=tie_lstm_embs
+    )
+    speculators = Speculator.from_config(config), Speculator.from_config(config)
+    for speculator in speculators:
+        speculator.reset_parameters(torch.Generator().manual_seed(3))
+    assert_initialised(*speculators)
+
+
+def assert_initialised(first, second):
+    weights, same = (speculator.file_views(speculator.state_dict()) for speculator in (first, second))
+    for name, one in weights.items():
+        assert torch.equal(one, same[name]), name
         if one.dim() == 1:
             assert torch.equal(one, torch.full_like(one, float("weight" in name))), name
         else:
-            assert one.detach().std() * min(one.shape) ** 0.5 == pytest.approx(1, rel=0.05), name
+            assert one.std() * min(one.shape) ** 0.5 == pytest.approx(1, rel=0.05), name
+
+
+def test_one_loop_serves_text_and_drafts(any_config, make_speculator, make_inputs):
+    """`unroll` on tokens that are all known, and on tokens that are chosen on the way, with fewer rows at each head."""
+    speculator = make_speculator(any_config, torch.float64)
+    hidden = make_inputs(any_config, torch.float64)[0].flatten(0, 1)  # [10, H]
+    last = torch.arange(10)
+    chosen = torch.cat([last[:, None], speculator.draft(hidden, last, any_config.n_predict)], dim=1)
+
+    kept = [list(range(10 - 2 * i)) for i in range(any_config.n_predict)]
+    embedded = speculator.embed_all([chosen[rows, i] for i, rows in enumerate(kept)])
+    outputs = list(speculator.unroll(hidden, embedded, lambda part, i: part[: len(kept[i])]))
+
+    assert [len(output) for output in outputs] == [len(rows) for rows in kept]
+    for i, output in enumerate(outputs):
+        assert torch.equal((output @ speculator.head_weight(i).T).argmax(-1), chosen[kept[i], i + 1])
+
+
+def test_drafts_may_be_chosen_otherwise():
+    speculator = Speculator.from_config(lstm_config())
+    hidden, last = torch.randn(4, 18), torch.arange(4)
+    least = speculator.draft(hidden, last, 3, choose=lambda logits: logits.argmin(-1))
+    logits = speculator(hidden[:, None], torch.cat([last[:, None], least], dim=1))
+    assert torch.equal(least, logits.argmin(-1).squeeze(2).T)
+
+
+@pytest.mark.parametrize("config", ["mlp", "sum_rnn", "sum_lstm"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_shared_table_is_read_once(config, tied):
+    """For all heads and all gates: the gradient of a table is as large as the table, and there is one per reading."""
+    if config == "mlp":
+        values = MLPSpeculatorConfig(input_hidden_dim=18, vocab_size=37, n_predict=3, inner_dim=24, tie_weights=tied)
+    else:
+        values = lstm_config(method=config, tie_weights=tied or config == "sum_lstm")
+    speculator = Speculator.from_config(values)
+    read = []
+    for module in speculator.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.register_forward_hook(lambda *_: read.append(1))
+    speculator(torch.randn(2, 5, 18), torch.randint(37, (2, 8)))
+    assert len(read) == (1 if values.tie_weights else 3)
+
+
+def test_the_gates_of_an_lstm_are_one_product():
+    speculator = Speculator.from_config(lstm_config())
+    products = []
+    for module in speculator.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda *_: products.append(1))
+    speculator(torch.randn(2, 5, 18), torch.randint(37, (2, 8)))
+    assert len(products) == 3, "one for each head; the vocabulary matrix is used without its module"
 
 
 def test_mlp_initialisation_uses_the_inner_width():

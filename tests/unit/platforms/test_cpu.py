@@ -113,11 +113,11 @@ def test_configuration_keys_that_verl_reads_without_listing_them(cpu) -> None:
     from verl.utils.dataset import multiturn_sft_dataset
     from verl.workers.config import FSDPEngineConfig
 
-    from verl_speculator.trainer.overrides import _UNLISTED_KEYS
+    from verl_speculator.trainer.config.compose import UNLISTED_KEYS
 
     names = {field.name for field in fields(FSDPEngineConfig)}
     source = inspect.getsource(multiturn_sft_dataset)
-    for key in _UNLISTED_KEYS:
+    for key in UNLISTED_KEYS:
         section, _, name = key.partition(".")
         assert name in names if section == "engine" else f'"{name}"' in source, key
 
@@ -128,7 +128,7 @@ def test_configuration_fits_the_typed_sections(cpu) -> None:
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig
 
     from verl_speculator.engine.model_config import SpeculatorModelConfig
-    from verl_speculator.trainer.configuration import load_config
+    from verl_speculator.trainer.config.compose import load_config
 
     config = load_config([])
     typed = {"model": SpeculatorModelConfig, "engine": FSDPEngineConfig, "optim": FSDPOptimizerConfig}

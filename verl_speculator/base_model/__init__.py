@@ -1,0 +1,1 @@
+"""A Hugging Face base model: what its folder holds, and loading it for decoding."""

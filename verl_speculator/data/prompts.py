@@ -1,0 +1,104 @@
+"""Chats as tokens: what a base model is asked, the answer that it is compared with, and batches of such prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from verl_speculator.data.chats import Chat, Message
+from verl_speculator.errors import ConfigError, DataError
+
+_MAX_ROWS_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat as tokens: `prompt_ids` up to where the answer begins, `answer_ids` those of the reference, if any."""
+
+    chat: Chat
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+
+def encode_chats(chats: Sequence[Chat], tokenizer: Any) -> list[Prompt]:
+    """Tokens of the chats, by the tokenizer's chat template.
+
+    The reference answer is what the template adds to the prompt for the assistant's turn, up to and with the token that
+    ends it; where a template writes earlier turns differently once an answer follows, it is the answer's bare text.
+
+    Raises:
+        DataError: The template refuses a chat.
+    """
+    prompts = []
+    for chat in chats:
+        text, prompt_ids = encode_prompt(tokenizer, chat.asked, chat.where)
+        answer_ids: list[int] = []
+        if chat.answer is not None:
+            both = _apply_template(tokenizer, [*chat.asked, chat.answer], chat.where, add_generation_prompt=False)
+            answer = both.removeprefix(text) if both.startswith(text) else str(chat.answer.get("content") or "")
+            answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+            if tokenizer.eos_token_id in answer_ids:
+                answer_ids = answer_ids[: answer_ids.index(tokenizer.eos_token_id) + 1]
+        prompts.append(Prompt(chat, prompt_ids, answer_ids))
+    return prompts
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[str, list[int]]:
+    """Text and tokens of a conversation up to where the assistant's next answer begins.
+
+    Args:
+        where: What errors call it: its file and row.
+
+    Raises:
+        DataError: The template refuses it.
+    """
+    text = _apply_template(tokenizer, messages, where, add_generation_prompt=True)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not tokens:
+        raise DataError(f"--data: {where}, makes a prompt without tokens")
+    return text, tokens
+
+
+def left_pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `attention_mask`, both `[B, S]`, of prompts of different lengths."""
+    width = max(map(len, rows))
+    # Padding is masked out: any token of the vocabulary does for a tokenizer without one.
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    input_ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return input_ids, mask
+
+
+def check_lengths(prompts: Sequence[Prompt], context: int | None, max_new_tokens: int) -> None:
+    """Raise `DataError` if a prompt and its answer need more positions than the base has; None: it has no limit."""
+    if context is None:
+        return
+    room = context - max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"--max-new-tokens={max_new_tokens} leaves no room for a prompt in the {context} positions of the base: "
+            "lower it"
+        )
+    long = [prompt for prompt in prompts if len(prompt.prompt_ids) > room]
+    if not long:
+        return
+    rows = ", ".join(str(prompt.chat.row) for prompt in long[:_MAX_ROWS_NAMED])
+    more = f" and {len(long) - _MAX_ROWS_NAMED} more" if len(long) > _MAX_ROWS_NAMED else ""
+    longest = max(long, key=lambda prompt: len(prompt.prompt_ids))
+    raise DataError(
+        f"--data: {len(long)} of {len(prompts)} prompts (row{'s' if len(long) > 1 else ''} {rows}{more}) are too long, "
+        f"the longest, {longest.chat.where}, with {len(longest.prompt_ids)} tokens where {context} positions of the "
+        f"base less --max-new-tokens={max_new_tokens} leave {room}: lower --max-new-tokens or leave such rows out"
+    )
+
+
+def _apply_template(tokenizer: Any, messages: Sequence[Message], where: str, **options: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    except Exception as error:
+        # A template is a program of the model's author, and what it raises has no common type.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"--data: the chat template refuses {where} ({reason})") from error

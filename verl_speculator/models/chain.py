@@ -1,0 +1,182 @@
+"""`ChainSpeculator`: draft heads that run one after the other on a base model's last hidden state.
+
+    state = begin(hidden_states)
+    for each head i:    state, output = step(state, embed(token i, i), i)
+                        logits of the next token = output @ head_weight(i).T
+
+In training the tokens are those of the text; in decoding each is chosen from the logits of the head before it. Both go
+through `unroll`, the one loop over the heads.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from verl_speculator.errors import ConfigError
+from verl_speculator.models.config import SpeculatorConfig, require_bool
+from verl_speculator.models.layers import for_head, scale_hidden_states
+from verl_speculator.models.speculator import Speculator
+
+State: TypeAlias = tuple[Tensor, ...]
+
+
+@dataclass(kw_only=True)
+class ChainSpeculatorConfig(SpeculatorConfig):
+    """Adds what IBM's `MLPSpeculator` and its descendants have in common, and the keys that their engines look for."""
+
+    model_type: ClassVar[str] = "mlp_speculator"
+
+    scale_input: bool = False
+    tie_weights: bool = True
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("scale_input", "tie_weights"):
+            require_bool(getattr(self, name), name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **super().to_dict(),
+            "n_candidates": self.n_predict,
+            "top_k_tokens_per_head": [1] * self.n_predict,
+            "scale_input": self.scale_input,
+            "tie_weights": self.tie_weights,
+        }
+
+    @classmethod
+    def _fields_from_file(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        # Files from before weights could be tied do not have the key.
+        return {"tie_weights": False, **super()._fields_from_file(values)}
+
+
+class ChainSpeculator(Speculator):
+    """A chain of `n_predict` heads. Head i (from 0) at position t reads token `x_{t+1+i}` and predicts `x_{t+2+i}`.
+
+    A subclass gives `embed` and `step`, and fills `head` with linear layers without bias: one if all heads share it,
+    else `n_predict`.
+    """
+
+    config: ChainSpeculatorConfig
+    head: nn.ModuleList
+
+    def begin(self, hidden_states: Tensor) -> State:
+        """The state before the first head, each part [..., some width], from hidden states [..., H]."""
+        return (scale_hidden_states(hidden_states) if self.config.scale_input else hidden_states,)
+
+    @abstractmethod
+    def embed(self, tokens: Tensor, head_index: int) -> Tensor:
+        """What `step` takes of the `tokens` [...] int64 that a head reads: [..., any shape]."""
+
+    @abstractmethod
+    def step(self, state: State, embedded: Tensor, head_index: int) -> tuple[State, Tensor]:
+        """One head: takes what `embed` gave; returns the next state and the output [..., D] for `head_weight`."""
+
+    @property
+    def embeddings_are_tied(self) -> bool:
+        """Whether `embed` does the same for every head, so that one call serves all of them."""
+        return False
+
+    @property
+    def heads_are_tied(self) -> bool:
+        """Whether every head has the same vocabulary matrix."""
+        return len(self.head) == 1
+
+    def head_weight(self, head_index: int) -> nn.Parameter:
+        """The vocabulary matrix [V, D] of a head."""
+        weight = for_head(self.head, head_index).weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def tied_copies(self) -> dict[str, str]:
+        return {f"head.{i}": "head.0" for i in range(1, self.n_predict)} if self.heads_are_tied else {}
+
+    def embed_all(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """`embed` of each head's tokens, where all are known.
+
+        Tied tables are read once: the gradient of a table is as large as the table, and there is one per reading.
+        """
+        if not self.embeddings_are_tied:
+            return [self.embed(head_tokens, i) for i, head_tokens in enumerate(tokens)]
+        embedded = self.embed(torch.cat([head_tokens.flatten() for head_tokens in tokens]), 0)
+        parts = embedded.split([head_tokens.numel() for head_tokens in tokens])
+        return [part.reshape(*read.shape, *part.shape[1:]) for part, read in zip(parts, tokens, strict=True)]
+
+    def unroll(
+        self,
+        hidden_states: Tensor,
+        embedded: Iterable[Tensor],
+        narrow: Callable[[Tensor, int], Tensor] | None = None,
+    ) -> Iterator[Tensor]:
+        """Run as many heads as `embedded` has entries, and give each one's output [..., D] in turn.
+
+        Args:
+            hidden_states: [..., H].
+            embedded: For each head what `embed` gave. A head's entry is asked for when the caller has seen the output
+                of the head before it, so that it may depend on it.
+            narrow: `narrow(part, i)` gives the rows that head i goes on with, of the hidden states for head 0 and of
+                each part of the state for a later head; None keeps all.
+        """
+        state: State = ()
+        for i, head_embedded in enumerate(embedded):
+            if i == 0:
+                state = self.begin(hidden_states if narrow is None else narrow(hidden_states, 0))
+            elif narrow is not None:
+                state = tuple(narrow(part, i) for part in state)
+            state, output = self.step(state, head_embedded, i)
+            yield output
+
+    def forward(self, hidden_states: Tensor, tokens: Tensor) -> Tensor:
+        """Logits of all heads with the true tokens as input.
+
+        Args:
+            hidden_states: [B, S, H].
+            tokens: [B, S + n_predict] int64; `tokens[:, t]` is the token that `hidden_states[:, t]` predicts, and head
+                i at position t reads `tokens[:, t + i]`.
+
+        Returns:
+            [n_predict, B, S, V]; entry [i, :, t] predicts `tokens[:, t + i + 1]`.
+        """
+        length = hidden_states.shape[1]
+        if tokens.shape[1] < length + self.n_predict - 1:
+            raise ValueError(
+                f"tokens must be [B, S + n_predict] = [{hidden_states.shape[0]}, {length + self.n_predict}], "
+                f"not {list(tokens.shape)}."
+            )
+        embedded = self.embed_all([tokens[:, i : i + length] for i in range(self.n_predict)])
+        outputs = self.unroll(hidden_states, embedded)
+        return torch.stack([F.linear(output, self.head_weight(i)) for i, output in enumerate(outputs)])
+
+    @torch.no_grad()
+    def draft(
+        self,
+        hidden_states: Tensor,
+        last_token: Tensor,
+        num_tokens: int,
+        choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
+    ) -> Tensor:
+        """Draft tokens [B, num_tokens] after `last_token`.
+
+        Args:
+            hidden_states: [B, H] of the position that predicted `last_token`; cast to the type of the weights.
+            last_token: [B] int64.
+            num_tokens: 1 to `n_predict`.
+            choose: The next token [B] from its logits [B, V]; the most likely one unless given.
+
+        Raises:
+            ConfigError: `num_tokens` is out of range.
+        """
+        if not 1 <= num_tokens <= self.n_predict:
+            raise ConfigError(f"num_tokens must be from 1 to n_predict ({self.n_predict}), not {num_tokens}.")
+        tokens = [last_token]
+        # A generator: the next token is known only when `unroll` has given the output that it is chosen from.
+        embedded = (self.embed(tokens[i], i) for i in range(num_tokens))
+        for i, output in enumerate(self.unroll(hidden_states.to(self.head_weight(0).dtype), embedded)):
+            tokens.append(choose(F.linear(output, self.head_weight(i))))
+        return torch.stack(tokens[1:], dim=1)

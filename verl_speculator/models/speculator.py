@@ -1,0 +1,192 @@
+"""`Speculator`: the configuration, files and registration of a draft model, whatever its layers are."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from verl_speculator.errors import CheckpointError, ConfigError
+from verl_speculator.models import serialization
+from verl_speculator.models.config import SpeculatorConfig
+from verl_speculator.models.layers import RMSNorm
+
+SpeculatorT = TypeVar("SpeculatorT", bound="Speculator")
+
+_MODEL_CLASSES: dict[type[SpeculatorConfig], type[Speculator]] = {}
+
+
+def register_speculator(config_class: type[SpeculatorConfig]) -> Callable[[type[SpeculatorT]], type[SpeculatorT]]:
+    """Class decorator: `Speculator.from_config` builds the decorated class from a `config_class`."""
+
+    def register(model_class: type[SpeculatorT]) -> type[SpeculatorT]:
+        _MODEL_CLASSES[config_class] = model_class
+        return model_class
+
+    return register
+
+
+class Fused(NamedTuple):
+    """A tensor that the file format holds in pieces of equal size.
+
+    Attributes:
+        names: The pieces' names in files, in the order in which they lie in the tensor.
+        dim: The dimension along which they lie side by side.
+    """
+
+    names: tuple[str, ...]
+    dim: int
+
+
+class Speculator(nn.Module, ABC):
+    """A draft model: it proposes up to `n_predict` tokens after the one that the base model has just given.
+
+    How it drafts is its subclass's: `ChainSpeculator` is one family. What is here holds for every family. A subclass
+    calls `reset_parameters` at the end of its constructor, and says with `tied_copies`, `fused_tensors` and
+    `file_only_tensors` how its files differ from its modules: weights that several heads share are held once, while
+    the file formats of this field hold a copy for each head.
+    """
+
+    def __init__(self, config: SpeculatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.n_predict = config.n_predict
+
+    @classmethod
+    def from_config(cls: type[SpeculatorT], config: SpeculatorConfig) -> SpeculatorT:
+        """A freshly initialised speculator of the class that belongs to the type of `config`.
+
+        Raises:
+            ConfigError: No speculator, or none below `cls`, belongs to the type of `config`.
+        """
+        return _model_class(cls, config)(config)
+
+    @abstractmethod
+    def init_std(self, weight: torch.Tensor) -> float:
+        """Standard deviation with which `reset_parameters` draws a linear or embedding weight of a file."""
+
+    def tied_copies(self) -> dict[str, str]:
+        """Modules that files hold as copies of a shared one: `{copy: shared}`, such as `{"head.1": "head.0"}`."""
+        return {}
+
+    def fused_tensors(self) -> dict[str, Fused]:
+        """Parameters that files hold in pieces, or under another name: `{own name: pieces}`."""
+        return {}
+
+    def file_only_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Tensors that the file format has although this configuration never reads them: `{name: shape}`."""
+        return {}
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw fresh weights; the same `generator` state gives the same weights on every device."""
+        for name, module in self.named_modules():
+            if isinstance(module, RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear | nn.Embedding):
+                # Piece by piece: the shape of a piece, not of what is fused, says how large its weights should be.
+                for weight in self.file_views({f"{name}.weight": module.weight}).values():
+                    std = self.init_std(weight)
+                    if generator is None:
+                        weight.normal_(0, std)
+                    else:
+                        drawn = torch.empty(weight.shape, dtype=torch.float32, device=generator.device)
+                        weight.copy_(drawn.normal_(0, std, generator=generator))
+
+    def file_views(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors under this module's own names, as views under the names of files; tied copies are not made."""
+        fused = self.fused_tensors()
+        views: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            names, dim = fused.get(name, Fused((name,), 0))
+            views |= zip(names, tensor.chunk(len(names), dim), strict=True)
+        return views
+
+    def canonical_state_dict(self, tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
+        """Turn tensors under the file format's names into this module's own; `source` is named in errors.
+
+        Raises:
+            CheckpointError: Tensors are missing, unexpected, of the wrong shape, or tied copies differ.
+        """
+        ignored = self.file_only_tensors()
+        named = {name: tensor for name, tensor in serialization.strip_prefix(tensors).items() if name not in ignored}
+        expected = {name: tuple(view.shape) for name, view in self.file_views(self.state_dict()).items()}
+        own = serialization.merge_tied_copies(named, expected, self.tied_copies(), source)
+        for name, (pieces, dim) in self.fused_tensors().items():
+            own[name] = torch.cat([own.pop(piece) for piece in pieces], dim)
+        return own
+
+    def export_state_dict(self, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """This module's tensors under the file format's names: on the CPU, every tied copy with its own memory.
+
+        `state_dict` stands in for the module's own where its parameters are sharded: full tensors, same names.
+
+        Raises:
+            CheckpointError: A tensor is sharded or has no data.
+        """
+        views = self.file_views(self.state_dict() if state_dict is None else state_dict)
+        exported = serialization.expand_tied_copies(serialization.plain_tensors(views), self.tied_copies())
+        dtype = next(iter(exported.values())).dtype
+        unused = {name: torch.zeros(shape, dtype=dtype) for name, shape in self.file_only_tensors().items()}
+        return exported | unused
+
+    def save_pretrained(
+        self, path: str | os.PathLike[str], *, state_dict: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Write `config.json`, `model.safetensors` and `pytorch_model.bin` to the folder `path`.
+
+        `state_dict` is as in `export_state_dict`.
+        """
+        serialization.write_folder(path, self.config.to_dict(), self.export_state_dict(state_dict))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[SpeculatorT],
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> SpeculatorT:
+        """Load a speculator folder or a folder that contains one as `speculator`.
+
+        Args:
+            dtype: The type of its floating-point tensors; None keeps the file's. Others, such as a map of token ids,
+                keep theirs in any case.
+
+        Raises:
+            MissingFileError: The folder, its `config.json` or its weights are not there.
+            CheckpointError: A file is damaged, does not fit its `config.json`, or holds another kind of speculator.
+        """
+        folder = serialization.find_folder(path)
+        config_file = folder / serialization.CONFIG_NAME
+        try:
+            config = SpeculatorConfig.from_dict(serialization.read_config(config_file))
+            model_class = _model_class(cls, config)
+        except ConfigError as error:
+            raise CheckpointError(f"{config_file} is not usable: {error}") from error
+        # Without storage a parameter that the file forgot could not pass for a loaded one.
+        with torch.device("meta"):
+            speculator = model_class(config)
+        weights_file, tensors = serialization.read_weights(folder)
+        own = speculator.canonical_state_dict(tensors, str(weights_file))
+        loaded = {
+            name: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=True)
+            for name, tensor in own.items()
+        }
+        speculator.load_state_dict(loaded, strict=True, assign=True)
+        return speculator
+
+
+def _model_class(wanted: type[SpeculatorT], config: SpeculatorConfig) -> type[SpeculatorT]:
+    model_class = _MODEL_CLASSES.get(type(config))
+    if model_class is None:
+        raise ConfigError(f"{type(config).__name__} has no speculator: register one with @register_speculator.")
+    if not issubclass(model_class, wanted):
+        raise ConfigError(
+            f"architectures {config.architectures[0]} is a {model_class.__name__}, not a {wanted.__name__}."
+        )
+    return model_class
