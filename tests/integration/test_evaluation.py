@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +23,7 @@ from verl_speculator import cli
 from verl_speculator.data.chats import read_chats
 from verl_speculator.data.prompts import encode_chats
 from verl_speculator.models import Speculator
+from verl_speculator.models.serialization import find_folder
 from verl_speculator.trainer.metrics_log import MetricsLog
 
 MAX_NEW_TOKENS = 24
@@ -135,10 +138,34 @@ def test_sampled_outputs_are_not_compared_and_no_report_is_written(world, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_speculator_of_the_hub_on_data_with_a_chat_that_is_too_long(world, tmp_path, monkeypatch, capsys) -> None:
+    import huggingface_hub
+
+    folder = find_folder(world.run / "global_step_60")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, revision: str(folder / file))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
+    rows = pq.read_table(world.data)["messages"].to_pylist()[:2]
+    long = [{"role": "user", "content": "w1 " * 400}]
+    pq.write_table(pa.table({"messages": [rows[0], long, rows[1]]}), tmp_path / "chats.parquet")
+    status = cli.main(
+        [
+            *("eval", "--base", str(world.base), "--speculator", "owner/speculator"),
+            *("--data", str(tmp_path / "chats.parquet"), "--max-new-tokens", "8", "--json", "-"),
+        ]
+    )
+    captured = capsys.readouterr()
+    values = json.loads(captured.out)
+    assert status == 0
+    assert (values["num_prompts"], values["num_skipped"]) == (2, 1)
+    assert [prompt["row"] for prompt in values["speculators"][0]["prompts"]] == [0, 2]
+    assert values["speculators"][0]["label"] == "owner/speculator"
+    assert re.search(r"note: 1 prompt \(.*chats.parquet', row 1\) is left out: too long", captured.err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--max-new-tokens", "250"], "error: --data: 5 of 5 prompts (rows 0, 1, 2 and 2 more) are too long"),
+        (["--max-new-tokens", "250"], "error: --data: 5 prompts ("),
         (["--device", "nonsense"], "error: --device=nonsense cannot be used here"),
         (["--run-dir", "absent", "--report", "out"], "error: --run-dir: there is no folder or file 'absent'"),
     ],

@@ -32,6 +32,7 @@ It listens on this machine only, at 127.0.0.1; --host 0.0.0.0 lets others in.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [-h] BASE --speculator SPECULATOR [options of this command and of vllm serve]"
+    parser.add_argument("--base", help="BASE, the base model: a Hugging Face folder or name")
     parser.add_argument("--speculator", required=True, help="speculator folder, global_step_N folder, or hub name")
     parser.add_argument(
         "--num-draft-tokens",
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from verl_speculator.serving.preflight import check_before_serving
 
     # argparse cannot find BASE between options that it does not know.
-    base, rest = split_base(args.rest)
+    base, rest = (args.base, args.rest) if args.base is not None else split_base(args.rest)
     # vLLM starts in this folder too, but its workers need not.
     speculator = os.path.abspath(args.speculator) if os.path.isdir(args.speculator) else args.speculator
     options = read_options(rest)

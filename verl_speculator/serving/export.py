@@ -102,8 +102,8 @@ def _export_for_hub(speculator: Speculator, folder: Path) -> Path:
 def _model_card(speculator: Speculator) -> str:
     config = speculator.config
     base = config.base_model_name_or_path
-    # A path on the machine that trained it means nothing on the hub, and what is no name of the hub's could be YAML or a
-    # command in the places where readers and programs copy it from.
+    # A path on the machine that trained it means nothing on the hub. What is no name of the hub's could be YAML, or a
+    # command, where programs and readers take it from the card.
     known = base if _HUB_NAME.fullmatch(base) else None
     header = ["---", "library_name: verl_speculator", *([f"base_model: {known}"] if known else []), "---"]
     count = sum(parameter.numel() for parameter in speculator.parameters())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from verl_speculator.base_model.files import is_hub_name
 from verl_speculator.errors import ConfigError, MissingFileError
 
 HIDDEN = "***"
@@ -86,7 +87,7 @@ def split_base(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if loose[:1] == [0]:
         found = [0]
     elif len(found) != 1:
-        found = [index for index in found or loose if _names_a_model(arguments[index])]
+        found = [index for index in found or loose if _can_be_a_base(arguments[index])]
     if len(found) != 1:
         # Not what it could be: that may be a key.
         what = "cannot be told from the values of options" if len(loose) > 1 else "is missing"
@@ -94,8 +95,8 @@ def split_base(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return arguments[found[0]], [argument for index, argument in enumerate(arguments) if index != found[0]]
 
 
-def _names_a_model(text: str) -> bool:
-    return (Path(text) / "config.json").is_file() or (text.count("/") == 1 and not text.startswith((".", "/", "~")))
+def _can_be_a_base(text: str) -> bool:
+    return (Path(text) / "config.json").is_file() or is_hub_name(text)
 
 
 def check_options(options: Sequence[Option]) -> None:

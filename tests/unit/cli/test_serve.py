@@ -108,6 +108,7 @@ def test_options_may_stand_before_the_base(options, printed, base) -> None:
     local = ["--host", "127.0.0.1"]
     assert printed(*options, base) == [*options, *local]
     assert printed(base, *options) == [*options, *local]
+    assert printed("--base", base, *options) == [*options, *local]
     assert printed(options[0], *options[1:], base, "--seed", "1") == [*options, "--seed", "1", *local]
 
 
