@@ -145,7 +145,7 @@ class Eagle3SpeculatorConfig(SpeculatorConfig):
                 "default_proposal_method": "greedy",
                 "proposal_methods": [proposal],
                 "verifier": {
-                    "name_or_path": self.base_model_name_or_path,
+                    "name_or_path": self.base_model_name_or_path or None,
                     "architectures": list(self.base_architectures),
                 },
             },
