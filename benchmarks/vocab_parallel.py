@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from verl_speculator.losses.linear_cross_entropy import _chunk_rows
+from verl_speculator.losses.linear_cross_entropy import equal_chunks
 
 
 def vocab_parallel_cross_entropy(
@@ -41,7 +41,7 @@ def vocab_parallel_cross_entropy(
         chunk_size: rows of logits that exist at a time; None chooses as `linear_cross_entropy` does, from the bytes
             of a rank's own part of the logits.
     """
-    rows = _chunk_rows(states.shape[0], weight_shard.shape[0], states.device.type, chunk_size)
+    rows = chunk_size or equal_chunks(states.shape[0], weight_shard.shape[0], states.device.type)
     return _VocabParallelCrossEntropy.apply(states, weight_shard, targets, row_weights, group, rows)
 
 

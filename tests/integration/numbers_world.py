@@ -29,6 +29,7 @@ PADDED = ["model.use_remove_padding=false"]
 MLP = "model.speculator_adapter=verl_speculator.adapters.MLPSpeculatorAdapter"
 JOINT = ["model.freeze_base_model=false", "model.speculator_loss_coeff=0.7"]
 SPECULATOR_LOSS_COEFF = 0.7
+KL, LK = (f"model.speculator.objective={name}" for name in ("kl", "lk"))
 CASES_SCRIPT = Path(__file__).with_name("engine_cases.py")
 
 
@@ -45,6 +46,10 @@ class Case:
     @property
     def is_joint(self) -> bool:
         return "model.freeze_base_model=false" in self.overrides
+
+    @property
+    def objective(self) -> str:
+        return next((text.partition("objective=")[2] for text in self.overrides if "objective=" in text), "ce")
 
     @property
     def detaches(self) -> bool:
@@ -108,7 +113,7 @@ def check_loss_and_gradients(case: Case, world: dict[str, Path], results: Path) 
     state = read_state(results, case)
     plain = PlainTraining(world[case.base], world[case.speculator])
     rows = make_rows()
-    speculator_loss = plain.speculator_loss(rows, detach=case.detaches)
+    speculator_loss = plain.speculator_loss(rows, detach=case.detaches, objective=case.objective)
     if NEEDY in case.overrides:
         speculator_loss = speculator_loss + plain.soft_loss(rows, detach=case.detaches)
     loss = speculator_loss

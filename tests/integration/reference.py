@@ -24,12 +24,13 @@ class PlainTraining:
         self.base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float64).eval()
         self.speculator = Speculator.from_pretrained(speculator_folder, dtype=torch.float64)
 
-    def speculator_loss(self, rows: Rows, *, detach: bool) -> torch.Tensor:
-        """Mean over heads of the mean cross entropy over each head's trained positions."""
+    def speculator_loss(self, rows: Rows, *, detach: bool, objective: str = "ce") -> torch.Tensor:
+        """Mean over heads of each head's mean loss over its trained positions: the cross entropy, or kl or lk."""
         n_predict = self.speculator.n_predict
         losses: list[list[torch.Tensor]] = [[] for _ in range(n_predict)]
         for ids, mask in rows:
-            hidden = self.base(ids.unsqueeze(0), output_hidden_states=True).hidden_states[-1]
+            output = self.base(ids.unsqueeze(0), output_hidden_states=True)
+            hidden, base_logits = output.hidden_states[-1], output.logits[0]
             hidden = hidden.detach() if detach else hidden
             padded = F.pad(ids, (0, n_predict + 1))
             logits = self.speculator(hidden, padded[1:].unsqueeze(0)[:, : ids.numel() + n_predict])
@@ -37,7 +38,12 @@ class PlainTraining:
                 for position in range(ids.numel()):
                     target = position + 2 + head
                     if target < ids.numel() and mask[target] == 1:
-                        losses[head].append(F.cross_entropy(logits[head, 0, position], ids[target]))
+                        row = logits[head, 0, position]
+                        if objective == "ce":
+                            losses[head].append(F.cross_entropy(row, ids[target]))
+                        else:
+                            # What the base itself would say there; its own part in it learns nothing.
+                            losses[head].append(_against_target(row, base_logits[target - 1].detach(), objective))
         means = [torch.stack(head).mean() if head else torch.zeros((), dtype=torch.float64) for head in losses]
         return torch.stack(means).mean()
 
@@ -116,3 +122,13 @@ class PlainTraining:
         named = [(f"speculator.{name}", p) for name, p in self.speculator.named_parameters()]
         named += [(f"base.{name}", p) for name, p in self.base.named_parameters()]
         return {name: p.grad for name, p in named if p.grad is not None}
+
+
+def _against_target(logits: torch.Tensor, target_logits: torch.Tensor, objective: str) -> torch.Tensor:
+    q, p = logits.softmax(0), target_logits.softmax(0)
+    kl = (p * (p.log() - q.log())).sum()
+    if objective == "kl":
+        return kl
+    overlap = torch.minimum(p, q).sum()
+    blend = torch.exp(-3 * overlap.detach())
+    return blend * kl + (1 - blend) * (1 - overlap)

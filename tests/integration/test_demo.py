@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import json
-import sys
+import time
 
 import pytest
 
+from examples.demo.settings import BUDGETS
 from tests.integration.conftest import REPOSITORY, run_process
 from verl_speculator.models import Speculator
 
 pytestmark = pytest.mark.slow
 
 
-def test_demo_leaves_a_measured_speculator_and_reuses_it(tmp_path) -> None:
-    command = [sys.executable, "-m", "examples.demo.run", "--budget", "small", "--output", str(tmp_path)]
+def test_demo_leaves_a_measured_speculator_and_reuses_it(tmp_path, warm_python) -> None:
+    command = [str(warm_python), "-m", "examples.demo.run", "--budget", "small", "--output", str(tmp_path)]
+    start = time.monotonic()
     first = run_process(command, cwd=REPOSITORY)
     assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    elapsed = time.monotonic() - start
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["identical_outputs"] is True
-    assert summary["acceptance_length"] >= 1.0
-    assert summary["num_prompts"] > 0
-    assert summary["seconds"] > 0
+    assert summary["num_prompts"] == BUDGETS["small"].decoding.num_prompts
+    assert summary["seconds"] == pytest.approx(sum(summary["seconds_per_stage"].values()), abs=0.3)  # each rounded
+    assert elapsed / 2 < summary["seconds"] < elapsed
     evaluated = json.loads((tmp_path / "report" / "eval.json").read_text())
-    assert evaluated["acceptance_length"]["mean"] == summary["acceptance_length"]
+    rounds = [n for prompt in evaluated["speculators"][0]["prompts"] for n in prompt["accepted_per_round"]]
+    assert summary["acceptance_length"] == pytest.approx(1 + sum(rounds) / len(rounds))
+    assert sum(rounds) > 0, "ten steps teach it the tokens that the base repeats"
     page = (tmp_path / "report" / "index.html").read_text()
     assert "acceptance length" in first.stdout.lower()
     assert "closed_loop_acceptance_length" in (tmp_path / "work" / "speculator" / "metrics.jsonl").read_text()

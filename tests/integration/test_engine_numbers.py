@@ -11,6 +11,8 @@ from tests.integration.needy_adapter import NEEDY
 from tests.integration.numbers_world import (
     CASES_SCRIPT,
     JOINT,
+    KL,
+    LK,
     MLP,
     ONE_ROW,
     PACKED,
@@ -42,6 +44,9 @@ CASES = [
     Case("needy_padded", "llama_untied", "lstm", [*TWO_ROWS, *PADDED, NEEDY]),
     Case("needy_joint", "llama_untied", "lstm", [*PACKED, *JOINT, NEEDY]),
     Case("needy_joint_padded", "qwen2", "lstm", [*TWO_ROWS, *PADDED, *JOINT, NEEDY]),
+    Case("kl", "qwen2", "lstm", [*ONE_ROW, KL]),
+    Case("lk_untied", "llama_untied", "mlp_untied", [*PACKED, MLP, LK]),
+    Case("lk_joint", "llama_untied", "rnn", [*TWO_ROWS, *PADDED, *JOINT, LK]),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,24 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def warm_command(tmp_path_factory, warm_python) -> Path:
+    """A folder to put on PATH, with a `verl-speculator` for `warm_python`."""
+    command = tmp_path_factory.mktemp("bin") / "verl-speculator"
+    command.write_text(f'#!/bin/sh\nexec "{warm_python}" -m verl_speculator.cli "$@"\n')
+    command.chmod(0o755)
+    return command.parent
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_command_trains_a_speculator(name: str, folder: Path) -> None:
+def test_command_trains_a_speculator(name: str, folder: Path, warm_command: Path) -> None:
     # The first command names no base model: the default is one on the Hugging Face hub.
     overrides = ["model.partial_pretrain=BASE", *DATA, *(o for o in COMMANDS[name] if o not in DATA)]
-    # One of them with two processes: each takes its time to start.
-    processes = "2" if name == "speculator-lstm" else "1"
-    result = run_process(["bash", str(SCRIPT), processes, f"./{name}", *overrides], cwd=folder)
+    # One of them as a user starts it, with two processes; the others by a command that has verl loaded.
+    is_real = name == "speculator-lstm"
+    environment = {} if is_real else {"PATH": f"{warm_command}:{os.environ['PATH']}"}
+    command = ["bash", str(SCRIPT), "2" if is_real else "1", f"./{name}", *overrides]
+    result = run_process(command, cwd=folder, **environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     steps = 3 if name == "speculator-lstm" else 1
     config = json.loads((folder / name / f"global_step_{steps}" / "speculator" / "config.json").read_text())

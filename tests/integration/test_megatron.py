@@ -14,6 +14,8 @@ from tests.integration.needy_adapter import NEEDY
 from tests.integration.numbers_world import (
     CASES_SCRIPT,
     JOINT,
+    KL,
+    LK,
     MLP,
     PACKED,
     PADDED,
@@ -69,6 +71,8 @@ TWO_RANKS = [
     Case("tp_no_sp_needy_joint", "qwen2", "lstm", [*MEGATRON, TP, NO_SP, *TWO_ROWS, *PADDED, *JOINT, NEEDY]),
     Case("pp_needy", "qwen2", "lstm", [*MEGATRON, PP, *PACKED, NEEDY]),
     Case("dp_needy_joint", "qwen2", "lstm", [*MEGATRON, DP, *TWO_ROWS, *PADDED, *JOINT, NEEDY]),
+    Case("tp_kl", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, KL]),
+    Case("pp_lk_joint", "llama_untied", "rnn", [*MEGATRON, PP, *TWO_ROWS, *PADDED, *JOINT, LK]),
     Case("pp_joint_detached", "qwen2", "lstm", [*MEGATRON, PP, *PACKED, *JOINT, "model.detach_hidden_states=true"]),
 ]
 FOUR_RANKS = [

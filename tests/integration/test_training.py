@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.conftest import run_process
 from tests.support.tiny import write_base_model, write_chats
 from verl_speculator.checkpoint import layout
 from verl_speculator.models import Speculator
 from verl_speculator.reports.curves import read_curves
+from verl_speculator.trainer.checkpoints import LOCK_FILE
 
 pytestmark = pytest.mark.slow
 
 WIDTHS = [f"model.speculator.{name}_dim=32" for name in ("inner", "emb", "proj")]
 STEPS = 6
 LOGGERS = "trainer.logger=[console,tensorboard,file]"
+STOPPED_RUN = str(Path(__file__).with_name("stopped_run.py"))
 CUSTOM_ADAPTER = Path(__file__).resolve().parents[2] / "examples" / "custom_adapter" / "gated_adapter.py"
 
 
@@ -90,7 +94,19 @@ def killed(runs) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def launched(runs, killed) -> dict[str, dict[int, dict[str, float]]]:
+def terminated(runs) -> list[str]:
+    """The command of a run that ended at its fourth step because one of its two processes got SIGTERM."""
+    overrides = runs.overrides("terminated", *LSTM, "trainer.save_freq=100")
+    with pytest.raises(AssertionError) as failed:
+        runs.torchrun(2, STOPPED_RUN, *overrides)
+    assert str(failed.value).count("status 143") == 2
+    assert "Stopped by SIGTERM after step 4: the same command goes on from there" in str(failed.value)
+    assert layout.complete_steps(runs.folder / "terminated") == [4]
+    return overrides
+
+
+@pytest.fixture(scope="module")
+def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]:
     """Runs that need nothing of each other's processes, in one launch of two."""
     joint = ["model.freeze_base_model=false", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=3"]
     stop = "trainer.total_training_steps=3"
@@ -105,6 +121,8 @@ def launched(runs, killed) -> dict[str, dict[int, dict[str, float]]]:
         "joint_stopped": runs.overrides("joint_stopped", *joint, stop),
         "joint_resumed": runs.overrides("joint_stopped", *joint),
         "killed": killed,
+        "terminated": terminated,
+        "finished": runs.overrides("stopped", *LSTM),
         "custom": runs.overrides("custom", custom, "trainer.total_training_steps=2"),
         "mlp": runs.overrides(
             "mlp",
@@ -218,7 +236,8 @@ def test_the_mlp_speculator_trains_on_padded_batches(runs, launched) -> None:
 
 def test_killed_in_a_save_then_resumed_is_the_uninterrupted_run(runs, launched) -> None:
     assert min(launched["killed"]) == 3
-    assert {path.name for path in (runs.folder / "killed").iterdir() if path.name.startswith(".")} == set()
+    hidden = {path.name for path in (runs.folder / "killed").iterdir() if path.name.startswith(".")}
+    assert hidden == {LOCK_FILE}
     for name, tensor in runs.weights("whole").items():
         assert torch.equal(tensor, runs.weights("killed")[name]), name
 
@@ -228,11 +247,22 @@ def test_killed_in_a_save_then_resumed_is_the_uninterrupted_run(runs, launched) 
         torch.testing.assert_close(runs.weights("killed_one_process")[name], tensor, rtol=0, atol=2e-5)
 
 
-def test_ray_trains_like_torchrun_and_resumes(runs, launched, verl_speculator) -> None:
+def test_terminated_then_resumed_is_the_uninterrupted_run(runs, launched) -> None:
+    assert min(launched["terminated"]) == 5
+    for name, tensor in runs.weights("whole").items():
+        assert torch.equal(tensor, runs.weights("terminated")[name]), name
+
+
+def test_a_finished_run_does_nothing(launched) -> None:
+    assert launched["finished"] == {}
+
+
+def test_ray_trains_like_torchrun_and_resumes_after_sigterm(runs, launched, verl_speculator) -> None:
     """The Ray twin: two workers, the same numbers."""
-    stopped = runs.overrides("ray", *LSTM, "trainer.total_training_steps=4")
-    first = verl_speculator("train", "--ray", "--nproc", "2", *stopped)
-    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-6000:]
+    stopped = runs.overrides("ray", *LSTM, "trainer.save_freq=100", "trainer.n_gpus_per_node=2")
+    first = run_process([sys.executable, STOPPED_RUN, "--ray", *stopped])
+    assert first.returncode == 143, first.stdout[-3000:] + first.stderr[-6000:]
+    assert "Stopped by SIGTERM after step 4: the same command goes on from there" in first.stdout
     second = verl_speculator("train", "--ray", "--nproc", "2", *runs.overrides("ray", *LSTM))
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-6000:]
 
@@ -241,7 +271,6 @@ def test_ray_trains_like_torchrun_and_resumes(runs, launched, verl_speculator) -
     for step in range(1, STEPS + 1):
         for name in ("train/loss", "train/grad_norm", "train/head_0/accuracy", "train/global_tokens"):
             assert metrics[step][name] == pytest.approx(reference[step][name], rel=1e-4)
-    assert metrics[4]["val/loss"] > metrics[STEPS]["val/loss"]
     assert metrics[STEPS]["val/loss"] == pytest.approx(reference[STEPS]["val/loss"], rel=1e-4)
     for name, tensor in runs.weights("whole").items():
         torch.testing.assert_close(runs.weights("ray")[name], tensor, rtol=0, atol=5e-5)

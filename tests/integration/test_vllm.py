@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import REPOSITORY
+from verl_speculator.errors import ConfigError
+from verl_speculator.serving.options import check_options, read_options
 
 pytestmark = [
     pytest.mark.slow,
@@ -174,6 +176,35 @@ def test_mistake_ends_in_one_sentence(case: str, sentence: str, report) -> None:
     assert sentence in report["errors"][case]
 
 
+def test_no_option_of_vllm_brings_another_speculator(monkeypatch, capsys) -> None:
+    """All beginnings of names that could mean the speculative configuration, plain and dotted, as vLLM reads them."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    ours = {"model": "ours"}
+    names = {name for action in parser._actions for name in action.option_strings if name.lstrip("-")[0] == "s"}
+    assert {"--speculative-config", "-sc", "--spec-method", "--specialize-active-lora"} <= names
+    spellings = {name[:length] for name in names for length in range(2, len(name) + 1)} - {"--"}
+    replaced, refused = set(), set()
+    for name, (key, value) in product(sorted(spellings), (("", '{"method": "ngram"}'), (".method", "ngram"))):
+        given = [name + key, value]
+        try:
+            check_options(read_options(given))
+        except ConfigError:
+            refused.add(name + key)
+        try:
+            parsed = parser.parse_args(["--speculative-config", json.dumps(ours), *given])
+        except (SystemExit, ValueError):
+            continue  # vLLM refuses it itself
+        if parsed.speculative_config != ours or parsed.spec_method or parsed.spec_model or parsed.spec_tokens:
+            replaced.add(name + key)
+    assert {"--speculative-config.method", "-sc.method", "-s", "--speculative", "--spec-mo"} <= replaced
+    assert replaced <= refused
+    assert not {name for name in refused if name.startswith("--specialize")}
+
+
 @pytest.fixture(scope="module")
 def server(world, tmp_path_factory):
     """`verl-speculator serve` as a user starts it, on two tensor-parallel ranks; yields its address and its log."""
@@ -252,13 +283,52 @@ def server_counters(address: str) -> dict[str, float]:
     return {line.partition("{")[0][17:].removesuffix("_total"): float(line.split()[-1]) for line in totals}
 
 
-@pytest.mark.parametrize("client", ["client.py", "curl.sh"])
-def test_example_clients(client: str, server) -> None:
-    address, _ = server
-    file = REPOSITORY / "examples" / "serving" / client
-    program = [sys.executable] if client.endswith(".py") else ["bash"]
+QUESTION = "w1 w2 w3"
+
+
+def run_example(file: str, address: str) -> tuple[str, dict[str, float]]:
+    """What an example client printed, and by how much the server's counters rose meanwhile."""
+    script = REPOSITORY / "examples" / "serving" / file
+    program = [sys.executable] if file.endswith(".py") else ["bash"]
+    before = server_counters(address)
     result = subprocess.run(
-        [*program, str(file), address, "w1 w2 w3"], capture_output=True, text=True, timeout=120, check=False
-    )
+        [*program, str(script), address, QUESTION],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "accepted" in result.stdout
+    return result.stdout, {name: total - before[name] for name, total in server_counters(address).items()}
+
+
+def answer_of(address: str) -> tuple[str, int]:
+    """The text and the tokens of the server's greedy answer to the question."""
+    import openai
+
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="none")
+    messages = [{"role": "user", "content": QUESTION}]
+    answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=128, temperature=0)
+    return answer.choices[0].message.content, answer.usage.completion_tokens
+
+
+def test_example_client_in_python(server) -> None:
+    address, _ = server
+    text, tokens = answer_of(address)
+    printed, counted = run_example("client.py", address)
+    assert 0 < counted["num_accepted_tokens"] < counted["num_draft_tokens"]
+    drafts, accepted, drafted = (counted[f"num_{name}"] for name in ("drafts", "accepted_tokens", "draft_tokens"))
+    assert printed.startswith(f"{text}\n\n{tokens} tokens in ")
+    assert f"\n{drafts:.0f} drafts, {accepted:.0f} of {drafted:.0f} drafted tokens accepted\n" in printed
+    assert printed.endswith(f"\n{1 + accepted / drafts:.2f} tokens per step of the base model\n")
+
+
+def test_example_client_with_curl(server) -> None:
+    address, _ = server
+    text, tokens = answer_of(address)
+    printed, counted = run_example("curl.sh", address)
+    answer, *counters = printed.splitlines()
+    assert json.loads(answer)["choices"][0]["message"]["content"] == text
+    assert json.loads(answer)["usage"]["completion_tokens"] == tokens
+    assert counted["num_drafts"] > 0
+    totals = server_counters(address)
+    for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+        [line] = [line for line in counters if line.startswith(f"vllm:spec_decode_{name}_total{{")]
+        assert float(line.split()[-1]) == totals[name]

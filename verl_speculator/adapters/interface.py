@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +19,7 @@ from verl_speculator.losses import (
     speculator_metrics,
 )
 from verl_speculator.models import Speculator
+from verl_speculator.models.importing import import_attribute, import_from_file
 
 ADAPTER_KEY = "model.speculator_adapter"
 
@@ -39,7 +36,7 @@ class SpeculatorAdapter(ABC):
         speculator_class: What may be loaded from `model.speculator_path`; anything if a subclass does not say.
     """
 
-    speculator_class: ClassVar[type[Speculator]] = Speculator  # type: ignore[type-abstract]
+    speculator_class: ClassVar[type[Speculator]] = Speculator
 
     speculator: Speculator
 
@@ -109,13 +106,13 @@ def build_speculator_adapter(spec: Any, settings: Mapping[str, Any]) -> Speculat
 def load_adapter_class(spec: Any) -> type[SpeculatorAdapter]:
     """Find the class without building it; errors as in `build_speculator_adapter`."""
     if isinstance(spec, str):
-        name, found = spec, _import_name(spec)
+        name, found = spec, import_attribute(spec, ADAPTER_KEY)
     elif isinstance(spec, Mapping) and set(spec) == {"fqn"}:
         name = str(spec["fqn"])
-        found = _import_name(name)
+        found = import_attribute(name, ADAPTER_KEY)
     elif isinstance(spec, Mapping) and set(spec) == {"path", "name"}:
         name = str(spec["name"])
-        found = _import_from_file(Path(str(spec["path"])).expanduser(), name)
+        found = import_from_file(Path(str(spec["path"])).expanduser(), name, ADAPTER_KEY)
     else:
         raise ConfigError(
             f"{ADAPTER_KEY} must be a dotted name, {{fqn: dotted.name}} or {{path: file.py, name: Class}}, got {spec!r}"
@@ -128,43 +125,3 @@ def load_adapter_class(spec: Any) -> type[SpeculatorAdapter]:
         missing = ", ".join(sorted(found.__abstractmethods__))
         raise ConfigError(f"{ADAPTER_KEY}: {name!r} is no complete adapter; it must define {missing}")
     return found
-
-
-def _import_name(name: str) -> Any:
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        raise ConfigError(f"{ADAPTER_KEY} must be a full dotted name such as package.module.Class, got {name!r}")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        # A user's module is run here, and can fail in any way.
-        raise ConfigError(f"{ADAPTER_KEY}: {name!r} cannot be imported ({_reason(error)})") from error
-    if not hasattr(module, attribute):
-        raise ConfigError(f"{ADAPTER_KEY}: {name!r} cannot be imported (module {module_name} has no {attribute!r})")
-    return getattr(module, attribute)
-
-
-def _import_from_file(path: Path, name: str) -> Any:
-    if not path.is_file():
-        raise ConfigError(f"{ADAPTER_KEY}: there is no file {str(path)!r}")
-    # A stable module name lets Ray and pickle find the same class in every process that loads the file.
-    module_name = f"verl_speculator_adapter_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):x}"
-    module = sys.modules.get(module_name)
-    if module is None:
-        module_spec = importlib.util.spec_from_file_location(module_name, path)
-        if module_spec is None or module_spec.loader is None:
-            raise ConfigError(f"{ADAPTER_KEY}: {str(path)!r} is not a Python file")
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[module_name] = module
-        try:
-            module_spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name]
-            raise ConfigError(f"{ADAPTER_KEY}: {str(path)!r} cannot be imported ({_reason(error)})") from error
-    if not hasattr(module, name):
-        raise ConfigError(f"{ADAPTER_KEY}: {str(path)!r} has no class {name!r}")
-    return getattr(module, name)
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")

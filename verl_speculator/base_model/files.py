@@ -60,8 +60,7 @@ def check_base_files(
     """
     folder = Path(name)
     if not folder.exists():
-        # `scheme://...` or `organisation/model`.
-        if "://" in name or (name.count("/") == 1 and not name.startswith(("/", "./", "../", "~"))):
+        if "://" in name or is_hub_name(name):
             return None
         raise MissingFileError(f"{key}: there is no folder {name!r}; give a Hugging Face model's folder or name")
     if not (folder / "config.json").is_file():
@@ -79,6 +78,11 @@ def check_base_files(
             f"use an instruction-tuned model or set {template_key}"
         )
     return sizes
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it has the form `organisation/model`, which a folder's name can have too."""
+    return name.count("/") == 1 and "://" not in name and not name.startswith(("/", "./", "../", "~"))
 
 
 def read_base_sizes(name: str, *, key: str) -> BaseSizes | None:

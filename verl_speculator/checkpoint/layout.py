@@ -11,15 +11,20 @@
 A checkpoint is written to a hidden folder beside its final place. When every process has finished, a commit record
 with its step is written, the folder is renamed and the record becomes the tracker file. A run killed after the record
 was written has a checkpoint that is complete, and `clean_up` ends the commit; one killed before has none.
+
+What only takes up room (an old checkpoint, what a killed run left) may be impossible to remove at the moment: network
+file systems keep a file that somebody has open. This is a warning and no error, and the next run tries again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 import zlib
+from itertools import count
 from pathlib import Path
 
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
@@ -34,6 +39,8 @@ TRACKER_FILE = "latest_checkpointed_iteration.txt"
 _COMMIT_RECORD = ".commit"
 _STEP_FOLDER = re.compile(r"global_step_(\d+)")
 _READ_SIZE = 1 << 22
+
+log = logging.getLogger(__name__)
 
 
 def step_folder(root: str | os.PathLike[str], step: int) -> Path:
@@ -55,7 +62,7 @@ def open_staging(root: str | os.PathLike[str], step: int) -> Path:
     """An empty folder in which to write the checkpoint of `step`; what a killed run left there is removed."""
     staging = staging_folder(root, step)
     if staging.exists():
-        shutil.rmtree(staging)
+        _remove(_move_aside(staging))
     staging.mkdir(parents=True)
     return staging
 
@@ -80,7 +87,7 @@ def clean_up(root: str | os.PathLike[str]) -> None:
         _finish_commit(root, step)
     record.unlink(missing_ok=True)
     for leftover in Path(root).glob(".global_step_*"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
 
 
 def keep_newest(root: str | os.PathLike[str], newest_step: int, keep: int | None) -> None:
@@ -89,7 +96,7 @@ def keep_newest(root: str | os.PathLike[str], newest_step: int, keep: int | None
         return
     older = [step for step in complete_steps(root) if step <= newest_step]
     for step in older[:-keep]:
-        shutil.rmtree(_move_aside(root, step))
+        _remove(_move_aside(step_folder(root, step)))
 
 
 def is_complete(folder: str | os.PathLike[str]) -> bool:
@@ -165,20 +172,26 @@ def _finish_commit(root: str | os.PathLike[str], step: int) -> None:
     """The part of a commit that can be done again from any point at which it was cut off."""
     staging, final = staging_folder(root, step), step_folder(root, step)
     if staging.exists():
-        replaced = _move_aside(root, step) if final.exists() else None
+        replaced = _move_aside(final) if final.exists() else None
         staging.rename(final)
         if replaced is not None:
-            shutil.rmtree(replaced)
+            _remove(replaced)
     os.replace(Path(root) / _COMMIT_RECORD, Path(root) / TRACKER_FILE)
     _sync(Path(root))
 
 
-def _move_aside(root: str | os.PathLike[str], step: int) -> Path:
+def _move_aside(folder: Path) -> Path:
     """Renamed before it is removed: a removal cut short must not leave something that looks like a checkpoint."""
-    doomed = Path(root) / f".global_step_{step}.old"
-    if doomed.exists():
-        shutil.rmtree(doomed)
-    return step_folder(root, step).rename(doomed)
+    names = (folder.with_name(f".{folder.name.lstrip('.')}.old{number}") for number in count())
+    return folder.rename(next(name for name in names if not name.exists()))
+
+
+def _remove(folder: Path) -> None:
+    failures: list[BaseException] = []
+    # One file that stays must not keep the others.
+    shutil.rmtree(folder, onerror=lambda function, path, error: failures.append(error[1]))
+    if failures:
+        log.warning("%s could not be removed (%s), and takes up room until the next run", folder, failures[0])
 
 
 def _write_checksums(folder: Path) -> None:
@@ -205,5 +218,10 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # A file's contents must be on the disk before a checkpoint counts; not every file system does it for folders.
+        if not path.is_dir():
+            raise
+        log.warning("the folder %s could not be flushed to disk (%s)", path, error)
     finally:
         os.close(descriptor)

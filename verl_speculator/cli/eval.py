@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from verl_speculator.base_model.settings import DEVICE_MAPS, DTYPES
+from verl_speculator.cli.arguments import (
+    add_data_arguments,
+    add_decoding_arguments,
+    add_load_arguments,
+    settings_of,
+)
 from verl_speculator.errors import ConfigError, MissingFileError, SpeculatorError
 from verl_speculator.evaluation.settings import DRAFT_SAMPLING, EvaluationInput, EvaluationSettings
 
@@ -24,29 +30,23 @@ and report tokens per target forward (acceptance length), whether the output sta
   verl-speculator eval --base BASE --speculator FOLDER --data test.parquet --report out/
 
 Several --speculator are compared side by side. --report writes eval.json and index.html, which opens in any browser.
+
+The exit status is 0; 1 if greedy outputs with drafts differ from plain decoding's; 2 for what cannot be measured.
 """
+EXIT_DIFFERENT = 1
 _DEFAULTS = EvaluationSettings()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to measure")
-    what.add_argument("--base", required=True, metavar="BASE", help="base model: a Hugging Face folder or name")
+    add_data_arguments(what, limit=_DEFAULTS.num_prompts)
     what.add_argument(
         "--speculator",
         required=True,
         action="append",
-        type=Path,
         metavar="FOLDER",
-        help="a speculator/ folder or a global_step_N that holds one; repeat to compare",
+        help="a speculator/ folder, a global_step_N that holds one, or a name on the hub; repeat to compare",
     )
-    what.add_argument(
-        "--data", required=True, action="append", metavar="FILE.parquet", help="chats; repeat for several files"
-    )
-    what.add_argument("--messages-key", default=_DEFAULTS.messages_key, help="column of chats (default: %(default)s)")
-    what.add_argument(
-        "--num-prompts", type=int, default=_DEFAULTS.num_prompts, help="the first N rows (default: %(default)s)"
-    )
-    what.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja file to use instead of the base's own")
     what.add_argument(
         "--import",
         dest="imports",
@@ -58,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("what to leave behind")
     output.add_argument("--report", type=Path, metavar="FOLDER", help="write eval.json and index.html there")
     output.add_argument(
+        "--json", metavar="FILE", help="write what eval.json holds to FILE; - is standard output, and nothing else then"
+    )
+    output.add_argument(
         "--run-dir",
         action="append",
         default=[],
@@ -65,18 +68,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a training run whose curves the report shows; default: the run that the speculator lies in",
     )
+    output.add_argument(
+        "--allow-differences",
+        action="store_true",
+        help="exit with 0 even if greedy outputs with drafts differ from plain decoding's",
+    )
     how = parser.add_argument_group("how to decode")
-    how.add_argument("--max-new-tokens", type=int, default=_DEFAULTS.max_new_tokens, help="default: %(default)s")
-    how.add_argument("--num-draft-tokens", type=int, metavar="K", help="drafted per round (default: n_predict)")
+    add_decoding_arguments(how, max_new_tokens=_DEFAULTS.max_new_tokens, batch_size=_DEFAULTS.batch_size)
     how.add_argument(
-        "--batch-size", type=int, default=_DEFAULTS.batch_size, help="prompts at once (default: %(default)s, as a chat)"
+        "--num-draft-tokens",
+        "--num-speculative-tokens",
+        type=int,
+        metavar="K",
+        help="drafted per round (default: n_predict)",
     )
-    how.add_argument(
-        "--temperature", type=float, default=_DEFAULTS.temperature, help="0 is greedy (default: %(default)s)"
-    )
-    how.add_argument("--top-p", type=float, default=_DEFAULTS.top_p, help="default: %(default)s")
-    how.add_argument("--top-k", type=int, default=_DEFAULTS.top_k, help="0 is off (default: %(default)s)")
-    how.add_argument("--seed", type=int, default=_DEFAULTS.seed, help="of sampling (default: %(default)s)")
     how.add_argument(
         "--draft-sampling",
         choices=DRAFT_SAMPLING,
@@ -86,36 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_load_arguments(parser.add_argument_group("how to load the base"))
 
 
-def add_load_arguments(group: Any) -> None:
-    """The flags of `LoadSettings`, for every command that decodes."""
-    group.add_argument(
-        "--dtype", choices=DTYPES, default=_DEFAULTS.dtype, help="auto: float32 on a CPU, else the base's own"
-    )
-    group.add_argument(
-        "--device", default=_DEFAULTS.device, help="such as cpu or cuda:0 (default: an accelerator if any)"
-    )
-    group.add_argument(
-        "--device-map",
-        choices=DEVICE_MAPS,
-        help="spread the base's layers over all accelerators (default: only if it does not fit on one)",
-    )
-    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a base on the hub")
-    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
-    group.add_argument(
-        "--attn-implementation",
-        metavar="NAME",
-        help="such as eager, sdpa or flash_attention_2 (default: transformers')",
-    )
-
-
-def settings_of(args: argparse.Namespace) -> EvaluationSettings:
-    """Of a command whose flags have the names of its fields."""
-    return EvaluationSettings(
-        **{name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
-    )
-
-
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     from verl_speculator.evaluation.preflight import check_input, check_report_folder
 
     settings = settings_of(args)
@@ -129,10 +105,14 @@ def run(args: argparse.Namespace) -> None:
         check_report_folder(args.report)
     elif args.run_dir:
         raise ConfigError("--run-dir is for the report: give --report FOLDER too")
+    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json: there is no folder {str(Path(args.json).absolute().parent)!r} to write into")
     for folder in args.run_dir:
         _check_run(folder)
 
     from verl_speculator.evaluation.run import evaluate
+    from verl_speculator.reports.evaluation import as_json, write_report
+    from verl_speculator.reports.page import write_file
     from verl_speculator.reports.table import format_table
 
     with _ProgressBars() as bars:
@@ -144,17 +124,22 @@ def run(args: argparse.Namespace) -> None:
             chat_template=given.chat_template,
             report=bars.update,
         )
-    print(format_table(result, shutil.get_terminal_size().columns))
+    # Where a program reads standard output, people read the other one.
+    say = functools.partial(print, file=sys.stderr if args.json == "-" else sys.stdout)
+    say(format_table(result, shutil.get_terminal_size().columns))
     for note in result.notes:
-        print(f"note: {note}")
-    if args.report is None:
-        print("\nAdd --report FOLDER for eval.json and a page with charts and the prompts themselves.")
-        return
-
-    from verl_speculator.reports.evaluation import write_report
-
-    files = write_report(result, args.report, args.run_dir)
-    print(f"\nWrote {files.json} and {files.page}: open the latter in a browser.")
+        say(f"note: {note}")
+    if args.json == "-":
+        print(as_json(result), end="")
+    elif args.json is not None:
+        write_file(Path(args.json), as_json(result))
+    if args.report is not None:
+        files = write_report(result, args.report, args.run_dir)
+        say(f"\nWrote {files.json} and {files.page}: open the latter in a browser.")
+    elif args.json is None:
+        say("\nAdd --report FOLDER for eval.json and a page with charts and the prompts themselves.")
+    differ = any(drafter.identical_outputs is False for drafter in (*result.speculators, result.prompt_lookup))
+    return EXIT_DIFFERENT if differ and not args.allow_differences else 0
 
 
 def _check_run(folder: Path) -> None:

@@ -6,7 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from verl_speculator.cli.eval import add_load_arguments, settings_of
+from verl_speculator.cli.arguments import (
+    add_data_arguments,
+    add_decoding_arguments,
+    add_load_arguments,
+    settings_of,
+)
 from verl_speculator.errors import ConfigError
 from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings
 
@@ -22,22 +27,9 @@ A run that was stopped goes on where it stood when it is started again.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, help="base model: a Hugging Face folder or name")
-    parser.add_argument(
-        "--data", required=True, action="append", metavar="FILE.parquet", help="chats; repeat for several files"
-    )
+    add_data_arguments(parser, limit=None)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.parquet", help="where the answers go")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N chats only")
-    parser.add_argument("--messages-key", default="messages", help="column of chats (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="prompts at once (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="default: %(default)s")
-    parser.add_argument("--top-k", type=int, default=0, help="0 is off (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-    parser.add_argument(
-        "--chat-template", type=Path, metavar="FILE", help="Jinja file to use instead of the base's own"
-    )
+    add_decoding_arguments(parser, max_new_tokens=1024, batch_size=32)
     add_load_arguments(parser.add_argument_group("how to load the base"))
 
 
@@ -47,8 +39,6 @@ def run(args: argparse.Namespace) -> None:
     given = EvaluationInput(args.base, (), tuple(args.data), args.chat_template)
     # Most flags are those of an evaluation, and mean the same.
     settings = settings_of(args)
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"--limit must be at least 1, not {args.limit}")
     if not args.output.absolute().parent.is_dir():
         raise ConfigError(f"--output: there is no folder {str(args.output.absolute().parent)!r} to write into")
     check_input(given, settings)
@@ -84,5 +74,5 @@ def _answer(args: argparse.Namespace, given: EvaluationInput, settings: Evaluati
             bar.update(done - bar.n)
 
         return regenerate_answers(
-            target.model, tokenizer, given.data, args.output, regeneration, limit=args.limit, report=report
+            target.model, tokenizer, given.data, args.output, regeneration, limit=settings.num_prompts, report=report
         )

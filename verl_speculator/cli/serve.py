@@ -10,32 +10,59 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from verl_speculator.serving.options import (
+    LOCALHOST,
+    Option,
+    read_options,
+    split_base,
+    take_api_key,
+    values_of,
+    without_secrets,
+)
+
 PURPOSE = "serve a base model with its speculator in vLLM"
 DESCRIPTION = """\
 Start vLLM's server with a speculator that drafts for the base model. Options that are not listed go to `vllm serve`:
 
   verl-speculator serve BASE --speculator outputs/global_step_100 --port 8000 --max-model-len 4096
+
+It listens on this machine only, at 127.0.0.1; --host 0.0.0.0 lets others in.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="BASE", help="base model: a Hugging Face folder or name")
+    parser.usage = "%(prog)s [-h] BASE --speculator SPECULATOR [options of this command and of vllm serve]"
+    parser.add_argument("--base", help="BASE, the base model: a Hugging Face folder or name")
     parser.add_argument("--speculator", required=True, help="speculator folder, global_step_N folder, or hub name")
-    parser.add_argument("--num-speculative-tokens", type=int, help="tokens drafted in each step; default: all heads")
+    parser.add_argument(
+        "--num-draft-tokens",
+        "--num-speculative-tokens",
+        type=int,
+        metavar="K",
+        help="tokens drafted in each step (default: all heads)",
+    )
     parser.add_argument("--print-command", action="store_true", help="print the command for vLLM and exit")
 
 
 def run(args: argparse.Namespace) -> int:
     from verl_speculator.serving.preflight import check_before_serving
 
+    # argparse cannot find BASE between options that it does not know.
+    base, rest = (args.base, args.rest) if args.base is not None else split_base(args.rest)
     # vLLM starts in this folder too, but its workers need not.
     speculator = os.path.abspath(args.speculator) if os.path.isdir(args.speculator) else args.speculator
-    check_before_serving(args.base, speculator, args.num_speculative_tokens, args.rest)
-    command = vllm_command(args.base, speculator, args.num_speculative_tokens, args.rest)
-    print(shlex.join(command))
+    options = read_options(rest)
+    check_before_serving(base, speculator, args.num_draft_tokens, options)
+    if not any(option.is_called("--host", "--ho") or option.name == "--uds" for option in options):
+        rest = [*rest, "--host", LOCALHOST]  # vLLM's own default is every address that the machine has
+    print(shlex.join(without_secrets(vllm_command(base, speculator, args.num_draft_tokens, rest))))
     if args.print_command:
         return 0
-    print(f"\nOnce the server says that it is ready:\n\n{how_to_call(args.base, args.rest)}\n", flush=True)
+    print(f"\nOnce the server says that it is ready:\n\n{how_to_call(base, options)}\n", flush=True)
+    key, rest = take_api_key(rest)
+    if key is not None:
+        os.environ["VLLM_API_KEY"] = key  # vLLM logs its command line, and other users of the machine can see it
+    command = vllm_command(base, speculator, args.num_draft_tokens, rest)
     return os.execv(command[0], command)
 
 
@@ -61,18 +88,16 @@ def _has_vllm_command() -> bool:
     return True
 
 
-def how_to_call(base: str, rest: Sequence[str]) -> str:
+def how_to_call(base: str, options: Sequence[Option]) -> str:
     """Commands that ask the server for an answer and for its acceptance counters."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--host", default="localhost")
-    parser.add_argument("--port", default="8000")
-    parser.add_argument("--served-model-name", default=base)
-    parser.add_argument("--api-key")
-    known, _ = parser.parse_known_args(list(rest))
-    host = "localhost" if known.host in ("0.0.0.0", "::") else known.host
-    body = {"model": known.served_model_name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
-    key = ' -H "Authorization: Bearer API_KEY"' if known.api_key else ""
-    url = f"http://{host}:{known.port}"
+    host = "".join(values_of(options, "--host", "--ho")[:1]) or LOCALHOST
+    host = "localhost" if host in (LOCALHOST, "0.0.0.0", "::") else host
+    port = "".join(values_of(options, "--port", "--po")[:1]) or "8000"
+    name = "".join(values_of(options, "--served-model-name", "--ser")[:1]) or base
+    needs_key = values_of(options, "--api-key", "--api-k") or os.environ.get("VLLM_API_KEY")
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if needs_key else ""
+    body = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     return (
         f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n"
         f"curl -s {url}/metrics | grep spec_decode    # drafts and how many of their tokens were accepted"

@@ -72,26 +72,42 @@ def left_pad(rows: Sequence[Sequence[int]], tokenizer: Any, device: torch.device
     return input_ids, mask
 
 
-def check_lengths(prompts: Sequence[Prompt], context: int | None, max_new_tokens: int) -> None:
-    """Raise `DataError` if a prompt and its answer need more positions than the base has; None: it has no limit."""
+def split_by_length(
+    prompts: Sequence[Prompt], context: int | None, max_new_tokens: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that leave room for their answers in the base's `context` positions, and those that are too long.
+
+    Args:
+        context: None: the base has no limit.
+
+    Raises:
+        SpeculatorError: No prompt is left.
+    """
     if context is None:
-        return
+        return list(prompts), []
     room = context - max_new_tokens
     if room < 1:
         raise ConfigError(
             f"--max-new-tokens={max_new_tokens} leaves no room for a prompt in the {context} positions of the base: "
             "lower it"
         )
-    long = [prompt for prompt in prompts if len(prompt.prompt_ids) > room]
-    if not long:
-        return
-    rows = ", ".join(str(prompt.chat.row) for prompt in long[:_MAX_ROWS_NAMED])
-    more = f" and {len(long) - _MAX_ROWS_NAMED} more" if len(long) > _MAX_ROWS_NAMED else ""
-    longest = max(long, key=lambda prompt: len(prompt.prompt_ids))
-    raise DataError(
-        f"--data: {len(long)} of {len(prompts)} prompts (row{'s' if len(long) > 1 else ''} {rows}{more}) are too long, "
-        f"the longest, {longest.chat.where}, with {len(longest.prompt_ids)} tokens where {context} positions of the "
-        f"base less --max-new-tokens={max_new_tokens} leave {room}: lower --max-new-tokens or leave such rows out"
+    fitting = [prompt for prompt in prompts if len(prompt.prompt_ids) <= room]
+    too_long = [prompt for prompt in prompts if len(prompt.prompt_ids) > room]
+    if too_long and not fitting:
+        shortest = min(len(prompt.prompt_ids) for prompt in too_long)
+        raise DataError(
+            f"--data: {name_rows(too_long)} too long: the shortest has {shortest} tokens where {context} positions of "
+            f"the base less --max-new-tokens={max_new_tokens} leave {room}: lower --max-new-tokens or take other chats"
+        )
+    return fitting, too_long
+
+
+def name_rows(prompts: Sequence[Prompt]) -> str:
+    """How many prompts, and which: `5 prompts (chats.parquet, row 0, ... and 2 more) are`."""
+    rows = "; ".join(prompt.chat.where for prompt in prompts[:_MAX_ROWS_NAMED])
+    more = f" and {len(prompts) - _MAX_ROWS_NAMED} more" if len(prompts) > _MAX_ROWS_NAMED else ""
+    return (
+        f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''} ({rows}{more}) {'are' if len(prompts) > 1 else 'is'}"
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from verl_speculator.base_model.files import check_base_files
+from verl_speculator.base_model.files import check_base_files, is_hub_name
 from verl_speculator.data.chats import check_chat_file
 from verl_speculator.errors import CheckpointError, ConfigError, DataError, MissingFileError, naming
 from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings
@@ -20,9 +21,9 @@ def check_input(given: EvaluationInput, settings: EvaluationSettings) -> None:
 
     Cheapest first: a mistyped path is answered before torch is loaded.
     """
-    for path in given.speculators:
-        if not path.is_dir():
-            raise MissingFileError(f"--speculator: there is no folder {str(path)!r}; a speculator folder is needed")
+    for name in given.speculators:
+        if not Path(name).is_dir() and not is_hub_name(name):
+            raise MissingFileError(f"--speculator: there is no folder {name!r}; a speculator folder is needed")
     if given.chat_template is not None and not given.chat_template.is_file():
         raise MissingFileError(f"--chat-template: there is no file {str(given.chat_template)!r}")
     if settings.revision is not None and Path(given.base).exists():
@@ -35,6 +36,26 @@ def check_input(given: EvaluationInput, settings: EvaluationSettings) -> None:
         given.base, key="--base", template_key="--chat-template FILE", has_template=given.chat_template is not None
     )
     read_speculator_configs(given, settings, None if sizes is None else (sizes.hidden_size, sizes.vocab_size))
+
+
+@functools.cache
+def speculator_folder(name: str) -> Path:
+    """The folder with a speculator's files; of a name on the Hugging Face hub, the one that they are downloaded to.
+
+    Raises:
+        MissingFileError: Neither holds a speculator.
+    """
+    from verl_speculator.models.serialization import find_folder
+    from verl_speculator.serving.recognition import find_speculator
+
+    if Path(name).is_dir():
+        return find_folder(name)
+    found = find_speculator(name)
+    if found is None:
+        raise MissingFileError(
+            f"{name!r} is no folder, and the Hugging Face hub has no speculator of that name or cannot be reached"
+        )
+    return found.folder()
 
 
 def check_report_folder(folder: Path) -> None:
@@ -64,12 +85,12 @@ def read_speculator_configs(
     """
     # Here, because torch comes with them.
     from verl_speculator.models import SpeculatorConfig
-    from verl_speculator.models.serialization import CONFIG_NAME, find_folder, find_weights, read_config
+    from verl_speculator.models.serialization import CONFIG_NAME, find_weights, read_config
 
     configs = []
     for path in given.speculators:
         with naming("--speculator"):
-            folder = find_folder(path)
+            folder = speculator_folder(path)
             find_weights(folder)
             file = folder / CONFIG_NAME
             values = read_config(file)
@@ -80,9 +101,9 @@ def read_speculator_configs(
         if settings.num_draft_tokens is not None and settings.num_draft_tokens > config.n_predict:
             raise ConfigError(
                 f"--num-draft-tokens={settings.num_draft_tokens} is more than the n_predict={config.n_predict} "
-                f"of the speculator in {str(path)!r}: lower it"
+                f"of the speculator in {path!r}: lower it"
             )
         if sizes is not None:
-            config.check_fits_base(*sizes, f"--speculator: the speculator in {str(path)!r}")
+            config.check_fits_base(*sizes, f"--speculator: the speculator in {path!r}")
         configs.append(config)
     return configs

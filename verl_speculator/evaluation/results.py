@@ -94,6 +94,7 @@ class EvaluationResult:
     base: str
     data: list[str]
     num_prompts: int
+    num_skipped: int  # prompts that were too long
     settings: dict[str, Any]
     versions: dict[str, str]
     machine: dict[str, Any]
@@ -109,6 +110,7 @@ class EvaluationResult:
         return {
             **{name: first[name] for name in _TOP_KEYS},
             "num_prompts": self.num_prompts,
+            "num_skipped": self.num_skipped,
             "target": _plain(dataclasses.asdict(self.target)),
             "speculators": [drafter_dict(drafter) for drafter in self.speculators],
             "prompt_lookup": drafter_dict(self.prompt_lookup),

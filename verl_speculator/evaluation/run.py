@@ -22,11 +22,11 @@ from verl_speculator.base_model.loading import (
     pick_device,
 )
 from verl_speculator.data.chats import read_chats
-from verl_speculator.data.prompts import check_lengths, encode_chats
+from verl_speculator.data.prompts import Prompt, encode_chats, name_rows, split_by_length
 from verl_speculator.decoding import NgramDrafter
 from verl_speculator.errors import ConfigError, naming
 from verl_speculator.evaluation.measure import Drafting, Report, held_out_loss, measure
-from verl_speculator.evaluation.preflight import check_input, read_speculator_configs
+from verl_speculator.evaluation.preflight import check_input, read_speculator_configs, speculator_folder
 from verl_speculator.evaluation.results import DrafterResult, EvaluationResult
 from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings, label_paths
 from verl_speculator.evaluation.summary import summarize_drafting, summarize_target
@@ -53,7 +53,7 @@ def evaluate(
     files = [data] if isinstance(data, str | os.PathLike) else list(data)
     given = EvaluationInput(
         base=str(base),
-        speculators=tuple(Path(path) for path in speculators),
+        speculators=tuple(str(path) for path in speculators),
         data=tuple(str(file) for file in files),
         chat_template=None if chat_template is None else Path(chat_template),
     )
@@ -70,7 +70,9 @@ def _evaluate(given: EvaluationInput, settings: EvaluationSettings, report: Repo
     # Again: of a base on the hub, the sizes are known only now.
     configs = read_speculator_configs(given, settings, (config.hidden_size, config.vocab_size))
     prompts = encode_chats(read_chats(given.data, settings.messages_key, settings.num_prompts), tokenizer)
-    check_lengths(prompts, getattr(config, "max_position_embeddings", None), settings.max_new_tokens)
+    prompts, too_long = split_by_length(
+        prompts, getattr(config, "max_position_embeddings", None), settings.max_new_tokens
+    )
 
     with explain_out_of_memory("loading the models", "use --dtype bfloat16, or a device with more memory"):
         target = load_target(given.base, settings, tokenizer)
@@ -86,6 +88,7 @@ def _evaluate(given: EvaluationInput, settings: EvaluationSettings, report: Repo
         base=given.base,
         data=list(given.data),
         num_prompts=len(prompts),
+        num_skipped=len(too_long),
         settings={**asdict(settings), "dtype": str(target.dtype).removeprefix("torch."), "device": str(target.device)},
         versions={
             "verl_speculator": __version__,
@@ -97,7 +100,7 @@ def _evaluate(given: EvaluationInput, settings: EvaluationSettings, report: Repo
         target=summarize_target(measurement, loss, loss_tokens),
         speculators=speculators,
         prompt_lookup=baseline,
-        notes=_notes(given, drafted, speculators, target),
+        notes=[*_skipped_note(too_long, settings), *_notes(given, drafted, speculators, target)],
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
@@ -106,18 +109,29 @@ def _load_speculators(given: EvaluationInput, settings: EvaluationSettings, targ
     drafted = []
     for path, label in zip(given.speculators, label_paths(given.speculators), strict=True):
         with naming("--speculator"):
-            speculator = Speculator.from_pretrained(path, dtype=target.dtype, device=target.device).eval()
+            speculator = Speculator.from_pretrained(
+                speculator_folder(path), dtype=target.dtype, device=target.device
+            ).eval()
         drafted.append(
             Drafting(
                 label=label,
                 drafter=speculator,
                 num_draft_tokens=settings.num_draft_tokens or speculator.n_predict,
                 draft_sampling="random" if settings.draft_sampling == "random" else "greedy",
-                path=path,
+                path=Path(path),
                 num_parameters=sum(parameter.numel() for parameter in speculator.parameters()),
             )
         )
     return drafted
+
+
+def _skipped_note(too_long: Sequence[Prompt], settings: EvaluationSettings) -> list[str]:
+    if not too_long:
+        return []
+    return [
+        f"{name_rows(too_long)} left out: too long for the base's context with "
+        f"--max-new-tokens={settings.max_new_tokens}."
+    ]
 
 
 def _notes(

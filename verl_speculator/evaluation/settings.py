@@ -16,7 +16,7 @@ class EvaluationSettings(LoadSettings):
     """How to load the base and how to decode; each field is the flag of the same name of `verl-speculator eval`.
 
     Attributes:
-        num_prompts: The first so many rows of the data; None takes all.
+        num_prompts: The first so many rows of the data; None takes all. Its flag is `--limit`.
         num_draft_tokens: Drafted per round; None takes each speculator's `n_predict`.
 
     Raises:
@@ -39,7 +39,8 @@ class EvaluationSettings(LoadSettings):
         for name in ("max_new_tokens", "batch_size", "num_prompts", "num_draft_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{flag(name)} must be at least 1, got {value}")
+                shown = "--limit" if name == "num_prompts" else flag(name)
+                raise ConfigError(f"{shown} must be at least 1, got {value}")
         if not self.temperature >= 0:
             raise ConfigError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -62,15 +63,15 @@ class EvaluationSettings(LoadSettings):
 
 @dataclass(frozen=True)
 class EvaluationInput:
-    """What is evaluated on what: folders, and chat files in parquet. A base may also be a name on the hub."""
+    """What is evaluated on what: folders or names on the hub, and chat files in parquet."""
 
     base: str
-    speculators: tuple[Path, ...]
+    speculators: tuple[str, ...]
     data: tuple[str, ...]
     chat_template: Path | None = None
 
 
-def label_paths(paths: tuple[Path, ...]) -> list[str]:
+def label_paths(paths: tuple[str, ...]) -> list[str]:
     """Short names that tell the folders apart, such as `run step 500`, with as many folders above as that takes."""
     parts = [_named_parts(path) for path in paths]
     labels = []
@@ -86,9 +87,11 @@ def label_paths(paths: tuple[Path, ...]) -> list[str]:
     ]
 
 
-def _named_parts(path: Path) -> tuple[str, ...]:
+def _named_parts(path: str) -> tuple[str, ...]:
     """The folders of a path, the last ones joined where a name alone says little."""
-    parts = path.resolve().parts
+    if not Path(path).is_absolute() and not Path(path).exists():
+        return (path,)  # a name on the hub
+    parts = Path(path).resolve().parts
     if parts[-1] == "speculator" and len(parts) > 3 and parts[-2].startswith("global_step_"):
         parts = parts[:-1]
     if len(parts) < 3:

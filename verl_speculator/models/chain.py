@@ -43,7 +43,7 @@ class ChainSpeculatorConfig(SpeculatorConfig):
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            **super().to_dict(),
+            **self.common_values(),
             "n_candidates": self.n_predict,
             "top_k_tokens_per_head": [1] * self.n_predict,
             "scale_input": self.scale_input,
@@ -63,12 +63,18 @@ class ChainSpeculator(Speculator):
     else `n_predict`.
     """
 
+    # How a chain is built and trained does not depend on its class.
+    required_methods: ClassVar[tuple[str, ...]] = ()
+
     config: ChainSpeculatorConfig
     head: nn.ModuleList
 
     def begin(self, hidden_states: Tensor) -> State:
         """The state before the first head, each part [..., some width], from hidden states [..., H]."""
         return (scale_hidden_states(hidden_states) if self.config.scale_input else hidden_states,)
+
+    @abstractmethod
+    def init_std(self, weight: Tensor) -> float: ...
 
     @abstractmethod
     def embed(self, tokens: Tensor, head_index: int) -> Tensor:

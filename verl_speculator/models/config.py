@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from reprlib import repr as short
 from typing import Any, ClassVar, TypeVar
 
-from verl_speculator.errors import ConfigError, nearest_name
+from verl_speculator.errors import CheckpointError, ConfigError, nearest_name
+from verl_speculator.models import serialization
 
 ConfigT = TypeVar("ConfigT", bound="SpeculatorConfig")
 
@@ -22,6 +26,10 @@ MAX_LAYERS = 16
 MAX_VOCAB_SIZE = 2**24
 
 _CONFIG_CLASSES: dict[str, type[SpeculatorConfig]] = {}
+_BY_NAME: dict[str, type[SpeculatorConfig]] = {}
+# Loaded when they are asked for: they need more than torch.
+_OWN_MODULES = {"eagle3": "verl_speculator.models.eagle3"}
+ENTRY_POINTS = "verl_speculator.algorithms"
 
 
 def parse_width(value: object, name: str) -> tuple[int, ...]:
@@ -47,7 +55,7 @@ def parse_width(value: object, name: str) -> tuple[int, ...]:
     )
 
 
-def require_positive_int(value: object, name: str, most: int) -> None:
+def require_positive_int(value: object, name: str, most: int = MAX_VOCAB_SIZE) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be a positive integer, not {short(value)}.")
     if value > most:
@@ -79,6 +87,12 @@ class SpeculatorConfig:
 
     architectures: ClassVar[tuple[str, ...]] = ()
     model_type: ClassVar[str] = "speculator"
+    # The name under which `register` knows it.
+    speculators_model_type: ClassVar[str] = ""
+    # A dataclass of the settings that a training run may give, beside those that every run has.
+    training_arguments: ClassVar[type | None] = None
+    # Whether stock vLLM drafts with such a folder by itself, so that our plugin has to leave it alone.
+    served_by_vllm: ClassVar[bool] = False
 
     base_model_name_or_path: str = ""
     input_hidden_dim: int
@@ -91,6 +105,35 @@ class SpeculatorConfig:
         super().__init_subclass__(**kwargs)
         for architecture in cls.__dict__.get("architectures", ()):
             _CONFIG_CLASSES[architecture] = cls
+
+    @classmethod
+    def register(cls, name: str) -> Callable[[type[ConfigT]], type[ConfigT]]:
+        """Class decorator: the algorithm `name` is configured by the decorated class, which becomes a dataclass.
+
+        Raises:
+            ConfigError: The name is taken, or the class does not carry it as `speculators_model_type`.
+        """
+
+        def decorate(config_class: type[ConfigT]) -> type[ConfigT]:
+            if not (isinstance(config_class, type) and issubclass(config_class, SpeculatorConfig)):
+                raise ConfigError(f"speculator {name!r}: {config_class!r} must be a subclass of SpeculatorConfig.")
+            taken = _BY_NAME.get(name)
+            if taken is not None:
+                raise ConfigError(
+                    f"speculator {name!r} is registered already, by {taken.__module__}.{taken.__qualname__}: "
+                    "choose another name."
+                )
+            if "__dataclass_fields__" not in config_class.__dict__:
+                config_class = dataclass(kw_only=True)(config_class)
+            if config_class.speculators_model_type != name:
+                raise ConfigError(
+                    f"speculator {name!r}: {config_class.__name__} must have speculators_model_type: str = {name!r}, "
+                    f"not {config_class.speculators_model_type!r}."
+                )
+            _BY_NAME[name] = config_class
+            return config_class
+
+        return decorate
 
     def __post_init__(self) -> None:
         self.validate()
@@ -131,7 +174,19 @@ class SpeculatorConfig:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of `config.json` in the form that other engines read."""
+        """The contents of `config.json` in the form that other engines read.
+
+        Of a subclass that does not say otherwise these are all of its fields, under their names.
+        """
+        values = self.common_values()
+        if self.speculators_model_type:
+            values = {"speculators_model_type": self.speculators_model_type, **values}
+        common = {field.name for field in dataclasses.fields(SpeculatorConfig)}
+        own = (field.name for field in dataclasses.fields(self) if field.init and field.name not in common)
+        return values | {name: getattr(self, name) for name in own}
+
+    def common_values(self) -> dict[str, Any]:
+        """The part of `config.json` that every speculator has."""
         values: dict[str, Any] = {
             "architectures": [self.architectures[0]],
             "model_type": self.model_type,
@@ -149,13 +204,14 @@ class SpeculatorConfig:
     def from_dict(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         """Read the contents of a `config.json`, written here or by another engine.
 
-        On `SpeculatorConfig` the `architectures` key chooses the subclass. Keys that a speculator does not have are
-        ignored, except one that looks like a misspelt field.
+        On `SpeculatorConfig` the key `speculators_model_type` chooses the subclass, or `architectures` where there is
+        none. Keys that a speculator does not have are ignored, except one that looks like a misspelt field.
 
         Raises:
             ConfigError: An unknown architecture, a missing key, a misspelt key or a value that cannot work.
         """
-        config_class = cls._class_for(values.get("architectures"))
+        name = values.get("speculators_model_type")
+        config_class = cls._class_for(values.get("architectures")) if name is None else cls._class_named(name)
         fields = config_class._fields_from_file(values)
         known = [field for field in dataclasses.fields(config_class) if field.init]
         names = [field.name for field in known]
@@ -168,6 +224,27 @@ class SpeculatorConfig:
             if field.default is dataclasses.MISSING and field.name in absent:
                 raise ConfigError(f"{field.name} is missing and must be a positive integer.")
         return config_class(**{name: fields[name] for name in names if name in fields})
+
+    @classmethod
+    def from_pretrained(cls: type[ConfigT], path: str | os.PathLike[str]) -> ConfigT:
+        """The configuration in a speculator folder, or in a folder that contains one as `speculator`.
+
+        Raises:
+            MissingFileError: The folder or its `config.json` is not there.
+            CheckpointError: The file is damaged or not usable.
+        """
+        config_file = serialization.find_folder(path) / serialization.CONFIG_NAME
+        try:
+            return cls.from_dict(serialization.read_config(config_file))
+        except ConfigError as error:
+            raise CheckpointError(f"{config_file} is not usable: {error}") from error
+
+    @classmethod
+    def _class_named(cls: type[ConfigT], name: object) -> type[ConfigT]:
+        found = config_class_named(str(name))
+        if not issubclass(found, cls):
+            raise ConfigError(f"speculators_model_type must not be {name!r} where a {cls.__name__} is wanted.")
+        return found
 
     @classmethod
     def _class_for(cls: type[ConfigT], architectures: object) -> type[ConfigT]:
@@ -189,3 +266,38 @@ class SpeculatorConfig:
             fields["torch_dtype"] = fields["dtype"]
         # transformers writes null for what nobody set.
         return {name: value for name, value in fields.items() if value is not None}
+
+
+def config_class_named(name: str) -> type[SpeculatorConfig]:
+    """The configuration class of the algorithm `name`, whose module is imported if it has not been.
+
+    An algorithm of another package is found by an entry point of the group `verl_speculator.algorithms` whose name is
+    the algorithm's and whose value is the module, or an object in it.
+
+    Raises:
+        ConfigError: Nothing is registered under that name; or the entry point's module fails or registers nothing.
+    """
+    if name not in _BY_NAME:
+        if name in _OWN_MODULES:
+            importlib.import_module(_OWN_MODULES[name])
+        for entry_point in entry_points(group=ENTRY_POINTS, name=name):
+            where = f"the entry point {entry_point.name} = {entry_point.value} of the group {ENTRY_POINTS}"
+            try:
+                entry_point.load()
+            except Exception as error:
+                # Another package's code is run here, and can fail in any way.
+                reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+                raise ConfigError(f"{where} cannot be loaded ({reason})") from error
+            if name not in _BY_NAME:
+                raise ConfigError(f"{where} registers no speculator {name!r}.")
+    if name not in _BY_NAME:
+        known = algorithm_names()
+        near = nearest_name(name, known, cutoff=0.6)
+        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(known)}."
+        raise ConfigError(f"there is no speculator {name!r}; {hint}")
+    return _BY_NAME[name]
+
+
+def algorithm_names() -> list[str]:
+    """The algorithms that `config_class_named` finds."""
+    return sorted({*_BY_NAME, *_OWN_MODULES, *entry_points(group=ENTRY_POINTS).names})

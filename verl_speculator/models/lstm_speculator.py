@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from verl_speculator.errors import ConfigError
 from verl_speculator.models.chain import ChainSpeculator, ChainSpeculatorConfig, State
-from verl_speculator.models.config import parse_width, require_bool, require_one_of
+from verl_speculator.models.config import SpeculatorConfig, parse_width, require_bool, require_one_of
 from verl_speculator.models.layers import RMSNorm, bridge, embedding, embedding_scale, for_head, linear
-from verl_speculator.models.speculator import Fused, register_speculator
+from verl_speculator.models.speculator import Fused, Speculator
 
 METHODS = ("sum_rnn", "sum_lstm")
 WIDTH_FIELDS = ("inner_dim", "emb_dim", "proj_dim")
@@ -23,10 +23,12 @@ WIDTH_FIELDS = ("inner_dim", "emb_dim", "proj_dim")
 GATES = ("forget", "input", "output", "cell")
 
 
+@SpeculatorConfig.register("lstm")
 @dataclass(kw_only=True)
 class ArcticLSTMSpeculatorConfig(ChainSpeculatorConfig):
     """Adds the widths of state, token embeddings and projections, each an integer or `"1024.2048"` for a stack."""
 
+    speculators_model_type: ClassVar[str] = "lstm"
     architectures: ClassVar[tuple[str, ...]] = (
         "ArcticLSTMSpeculatorPreTrainedModel",
         "MLPVariantSpeculatorPreTrainedModel",
@@ -69,7 +71,7 @@ class ArcticLSTMSpeculatorConfig(ChainSpeculatorConfig):
         return {**super().to_dict(), **own}
 
 
-@register_speculator(ArcticLSTMSpeculatorConfig)
+@Speculator.register("lstm")
 class ArcticLSTMSpeculator(ChainSpeculator):
     """Snowflake's Arctic speculator; names and shapes in files and outputs are the reference's where that can run.
 

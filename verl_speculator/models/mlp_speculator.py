@@ -13,11 +13,12 @@ from torch.nn import functional as F
 
 from verl_speculator.errors import ConfigError
 from verl_speculator.models.chain import ChainSpeculator, ChainSpeculatorConfig, State
-from verl_speculator.models.config import parse_width
+from verl_speculator.models.config import SpeculatorConfig, parse_width
 from verl_speculator.models.layers import RMSNorm, embedding, embedding_scale, for_head, linear
-from verl_speculator.models.speculator import register_speculator
+from verl_speculator.models.speculator import Speculator
 
 
+@SpeculatorConfig.register("mlp")
 @dataclass(kw_only=True)
 class MLPSpeculatorConfig(ChainSpeculatorConfig):
     """Adds `inner_dim`, the width of state and token embeddings; 0 is the base model's hidden size.
@@ -25,6 +26,7 @@ class MLPSpeculatorConfig(ChainSpeculatorConfig):
     In `config.json` the key `emb_dim` is the base model's hidden size, here `input_hidden_dim`.
     """
 
+    speculators_model_type: ClassVar[str] = "mlp"
     architectures: ClassVar[tuple[str, ...]] = ("MLPSpeculatorPreTrainedModel", "ArcticMLPSpeculatorPreTrainedModel")
 
     inner_dim: int = 0
@@ -51,7 +53,7 @@ class MLPSpeculatorConfig(ChainSpeculatorConfig):
         return fields
 
 
-@register_speculator(MLPSpeculatorConfig)
+@Speculator.register("mlp")
 class MLPSpeculator(ChainSpeculator):
     """`s = GELU(LN_i(P_i s + a·E_i x))`, `logits_i = head_i(s)` (Wertheimer et al. 2024, arXiv:2404.19124).
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.models import serialization
-from verl_speculator.models.config import SpeculatorConfig
+from verl_speculator.models.config import _BY_NAME, _CONFIG_CLASSES, SpeculatorConfig, config_class_named
 from verl_speculator.models.layers import RMSNorm
 
 SpeculatorT = TypeVar("SpeculatorT", bound="Speculator")
@@ -22,7 +22,10 @@ _MODEL_CLASSES: dict[type[SpeculatorConfig], type[Speculator]] = {}
 
 
 def register_speculator(config_class: type[SpeculatorConfig]) -> Callable[[type[SpeculatorT]], type[SpeculatorT]]:
-    """Class decorator: `Speculator.from_config` builds the decorated class from a `config_class`."""
+    """Class decorator: `Speculator.from_config` builds the decorated class from a `config_class`.
+
+    `Speculator.register` does the same for an algorithm with a name, and checks more.
+    """
 
     def register(model_class: type[SpeculatorT]) -> type[SpeculatorT]:
         _MODEL_CLASSES[config_class] = model_class
@@ -52,10 +55,70 @@ class Speculator(nn.Module, ABC):
     the file formats of this field hold a copy for each head.
     """
 
+    # What `register` asks of a class, beside its abstract methods.
+    required_methods: ClassVar[tuple[str, ...]] = ("forward", "from_training_args", "get_trainer_kwargs")
+
     def __init__(self, config: SpeculatorConfig) -> None:
         super().__init__()
         self.config = config
         self.n_predict = config.n_predict
+
+    @classmethod
+    def register(cls, name: str) -> Callable[[type[SpeculatorT]], type[SpeculatorT]]:
+        """Class decorator: the algorithm `name`, whose configuration is registered, drafts with the decorated class.
+
+        A chain of heads has all it needs from `ChainSpeculator`. Any other model has `forward`, the class method
+        `from_training_args(verifier_config, **kwargs)` and the static method `get_trainer_kwargs(args)`.
+
+        Raises:
+            ConfigError: The name has no configuration or has a model already, or the class lacks something.
+        """
+
+        def decorate(model_class: type[SpeculatorT]) -> type[SpeculatorT]:
+            if not (isinstance(model_class, type) and issubclass(model_class, Speculator)):
+                raise ConfigError(f"speculator {name!r}: {model_class!r} must be a subclass of Speculator.")
+            config_class = _BY_NAME.get(name)
+            if config_class is None:
+                raise ConfigError(
+                    f"speculator {name!r} has no configuration: put @SpeculatorConfig.register({name!r}) on a subclass "
+                    "of SpeculatorConfig before its model."
+                )
+            taken = _MODEL_CLASSES.get(config_class)
+            if taken is not None:
+                raise ConfigError(
+                    f"speculator {name!r} has a model already, {taken.__module__}.{taken.__qualname__}: "
+                    "choose another name."
+                )
+            missing = sorted(model_class.__abstractmethods__)
+            for method in model_class.required_methods:
+                if getattr(model_class, method, None) in (None, getattr(nn.Module, method, None)):
+                    missing.append(method)
+            if missing:
+                raise ConfigError(f"speculator {name!r}: {model_class.__name__} must define {', '.join(missing)}.")
+            if not config_class.architectures:
+                config_class.architectures = (model_class.__name__,)
+                _CONFIG_CLASSES.setdefault(model_class.__name__, config_class)
+            return register_speculator(config_class)(model_class)
+
+        return decorate
+
+    @classmethod
+    def get_class(cls: type[SpeculatorT], name: str) -> type[SpeculatorT]:
+        """The model of the algorithm `name`.
+
+        Raises:
+            ConfigError: There is none, it has a configuration only, or it is no `cls`.
+        """
+        config_class = config_class_named(name)
+        model_class = _MODEL_CLASSES.get(config_class)
+        if model_class is None:
+            raise ConfigError(
+                f"speculator {name!r} has a configuration, {config_class.__name__}, and no model: "
+                f"put @Speculator.register({name!r}) on one."
+            )
+        if not issubclass(model_class, cls):
+            raise ConfigError(f"speculator {name!r} is a {model_class.__name__}, not a {cls.__name__}.")
+        return model_class
 
     @classmethod
     def from_config(cls: type[SpeculatorT], config: SpeculatorConfig) -> SpeculatorT:
@@ -66,9 +129,9 @@ class Speculator(nn.Module, ABC):
         """
         return _model_class(cls, config)(config)
 
-    @abstractmethod
     def init_std(self, weight: torch.Tensor) -> float:
         """Standard deviation with which `reset_parameters` draws a linear or embedding weight of a file."""
+        return 0.02
 
     def tied_copies(self) -> dict[str, str]:
         """Modules that files hold as copies of a shared one: `{copy: shared}`, such as `{"head.1": "head.0"}`."""

@@ -43,9 +43,14 @@ def write_report(
     """
     page = render_page(result, read_runs(result, runs))
     files = ReportFiles(Path(folder) / JSON_FILE, Path(folder) / PAGE_FILE)
-    write_file(files.json, json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+    write_file(files.json, as_json(result))
     write_file(files.page, page)
     return files
+
+
+def as_json(result: EvaluationResult) -> str:
+    """The contents of `eval.json`."""
+    return json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
 def read_runs(result: EvaluationResult, runs: Sequence[str | os.PathLike[str]]) -> list[tuple[str, Curves]]:

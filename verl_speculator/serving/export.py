@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from verl_speculator.serving.export_formats import EXPORT_FORMATS, ExportFormat
 
 HUB = "hf"
 FORMATS = (*EXPORT_FORMATS, HUB)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 def export_speculator(
@@ -98,9 +100,10 @@ def _export_for_hub(speculator: Speculator, folder: Path) -> Path:
 
 def _model_card(speculator: Speculator) -> str:
     config = speculator.config
-    base = config.base_model_name_or_path or "BASE"
-    # A path on the machine that trained it means nothing on the hub.
-    known = base if base.count("/") == 1 and not base.startswith((".", "/")) else None
+    base = config.base_model_name_or_path
+    # A path on the machine that trained it means nothing on the hub. What is no name of the hub's could be YAML, or a
+    # command, where programs and readers take it from the card.
+    known = base if _HUB_NAME.fullmatch(base) else None
     header = ["---", "library_name: verl_speculator", *([f"base_model: {known}"] if known else []), "---"]
     count = sum(parameter.numel() for parameter in speculator.parameters())
     lines = [

@@ -10,19 +10,17 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from verl_speculator.base_model.files import read_base_sizes
 from verl_speculator.errors import ConfigError, MissingFileError
 from verl_speculator.serving.compatibility import check_version
+from verl_speculator.serving.options import Option, check_options
 from verl_speculator.serving.recognition import find_speculator, known_architectures, number_of_drafts
 
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN = "verl_speculator"
-SPECULATIVE_OPTIONS = ("--speculative-config", "--speculative_config", "-sc", "--spec-method", "--spec-model")
 
 
-def check_before_serving(base: str, speculator: str, num_tokens: int | None, rest: Sequence[str]) -> None:
+def check_before_serving(base: str, speculator: str, num_tokens: int | None, options: Sequence[Option]) -> None:
     """Raise a SpeculatorError for what would end in a failed start, or in a server without speculation."""
     _check_engine()
-    for option in rest:
-        if option.split("=")[0] in SPECULATIVE_OPTIONS:
-            raise ConfigError(f"{option.split('=')[0]} is set by --speculator: leave it out.")
+    check_options(options)
     found = find_speculator(speculator)
     if found is None:
         raise MissingFileError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl_speculator.base_model.files import is_hub_name
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.models import SpeculatorConfig
 from verl_speculator.models.serialization import CONFIG_NAME, WEIGHT_PATTERNS, find_folder, read_config
@@ -83,8 +84,8 @@ def _local_config(name: str) -> Path | None:
 
 
 def _hub_config(name: str, revision: str | None) -> Path | None:
-    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1 or "://" in name:
-        return None  # not a name of the form owner/repository
+    if not is_hub_name(name):
+        return None
     from huggingface_hub import hf_hub_download
 
     try:

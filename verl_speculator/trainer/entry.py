@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,21 +14,28 @@ from verl_speculator.trainer.config.preflight import check_run
 from verl_speculator.trainer.launch import joins_cluster
 
 EXIT_USER_ERROR = 2
+# As of a process that SIGTERM has ended: schedulers that start a job again look for a failure.
+EXIT_STOPPED = 128 + signal.SIGTERM
 
 
 def run_trainer(
-    train: Callable[[DictConfig], None], overrides: Sequence[str], world_size: int | None, rank: int = 0
+    train: Callable[[DictConfig], bool],
+    overrides: Sequence[str],
+    world_size: int | None,
+    rank: int = 0,
+    local_rank: int = 0,
 ) -> int:
     """Check the configuration and train.
 
     Args:
-        train: trains with the checked configuration.
+        train: trains with the checked configuration; whether to the end.
         overrides: `key=value` from the command line.
         world_size: None on a Ray driver, which takes it from `trainer.nnodes` and `trainer.n_gpus_per_node`.
         rank: of this process.
+        local_rank: among the processes of this machine, which find the same; the first one says it.
 
     Returns:
-        The exit status: 0, or 2 after an error of the user's.
+        The exit status: 0; 2 after an error of the user's; 143 if SIGTERM has stopped the training.
     """
     try:
         config = load_config(overrides)
@@ -35,13 +43,11 @@ def run_trainer(
         world_size = world_size or config.trainer.nnodes * config.trainer.n_gpus_per_node
         check_run(config, world_size, read_weights=rank == 0, workers_elsewhere=under_ray and joins_cluster())
     except SpeculatorError as error:
-        # Every rank finds the same.
-        return _report(error) if rank == 0 else EXIT_USER_ERROR
+        return _report(error, rank) if local_rank == 0 else EXIT_USER_ERROR
     try:
-        train(config)
+        return 0 if train(config) else EXIT_STOPPED
     except SpeculatorError as error:
         return _report(error, rank)
-    return 0
 
 
 def _report(error: SpeculatorError, rank: int = 0) -> int:

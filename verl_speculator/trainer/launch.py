@@ -25,6 +25,7 @@ def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool
         SpeculatorError: one sentence about the first thing that cannot work.
     """
     command, environment = plan(overrides, num_processes=num_processes, use_ray=use_ray)
+    # The same process goes on under another name, so that signals and the exit status need no passing on.
     sys.stdout.flush()
     os.execve(command[0], command, environment)
 
@@ -46,6 +47,7 @@ def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) 
     if num_processes < 1:
         raise ConfigError(f"--nproc must be at least 1, got {num_processes}")
     if use_ray:
+        # The driver learns from the configuration alone how many workers to start.
         overrides = [*overrides, f"trainer.n_gpus_per_node={num_processes}"]
         world_size = num_processes * config.trainer.nnodes
         check_run(load_config(overrides), world_size, workers_elsewhere=joins_cluster())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -24,6 +25,7 @@ from verl_speculator.engine.step_sums import SUMS_KEY
 from verl_speculator.models.serialization import SUBFOLDER
 from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
 from verl_speculator.trainer.metrics_log import MetricsLog
+from verl_speculator.trainer.processes import Processes
 
 
 class SpeculatorTrainingLoop(ABC):
@@ -48,7 +50,10 @@ class SpeculatorTrainingLoop(ABC):
     _get_batch_seqlens: Callable[..., Any]
 
     ckpt_handler: RunCheckpoints
+    processes: Processes
     _adapter: SpeculatorAdapter
+    _sigterm_received = False
+    _is_profiling = False
 
     @abstractmethod
     def data_shard(self) -> tuple[int, int]:
@@ -89,6 +94,7 @@ class SpeculatorTrainingLoop(ABC):
             self.train_dataset,
             batch_size=self.global_batch_size // num_shards,
             sampler=self.train_sampler,
+            # A step on fewer rows would weigh them more.
             drop_last=True,
             num_workers=data.num_workers,
             collate_fn=SFTTensorCollator(data.pad_mode),
@@ -117,8 +123,15 @@ class SpeculatorTrainingLoop(ABC):
             for freq in (trainer.save_freq, trainer.test_freq)
         )
 
-    def fit(self) -> None:
-        """Train to the last step, validating and saving on the way."""
+    def fit(self) -> bool:
+        """Train to the last step, validating and saving on the way.
+
+        SIGTERM, which schedulers send some time before they kill, ends training after the step at hand with a
+        checkpoint. It is enough that one process receives it.
+
+        Returns:
+            Whether there is nothing left to do; False after SIGTERM.
+        """
         # Only its arithmetic on metrics is used here; the engines have adapters with a speculator.
         self._adapter = build_speculator_adapter(self.model_config.speculator_adapter, self.model_config.speculator)
         position = self.ckpt_handler.position
@@ -131,31 +144,53 @@ class SpeculatorTrainingLoop(ABC):
                 config=OmegaConf.to_container(self.config, resolve=True),
             )
             self._metrics_log = MetricsLog(self.config.trainer.default_local_dir, position.global_step)
+        before = signal.signal(signal.SIGTERM, self._remember_sigterm)
         try:
-            self._run(position)
+            return self._run(position)
         finally:
+            signal.signal(signal.SIGTERM, before)
+            if self._is_profiling:
+                self.training_client.stop_profile()
+            self.ckpt_handler.close()
             if self._tracking is not None:
                 self._tracking.finish()
             if self._metrics_log is not None:
                 self._metrics_log.close()
 
-    def _run(self, position: Position) -> None:
+    def _remember_sigterm(self, number: int, frame: object) -> None:
+        # It may come again, from the scheduler and from torchrun: only SIGKILL ends the process before it has saved.
+        self._sigterm_received = True
+
+    def _run(self, position: Position) -> bool:
         if self.config.trainer.val_before_train or self.config.trainer.val_only:
             self._validate(position.global_step)
         if self.config.trainer.val_only:
-            return
+            return not self.processes.is_any(self._sigterm_received)
+        if position.global_step >= self.total_training_steps:
+            self._say(
+                f"Nothing to train: this run ended with step {position.global_step}, its results are in "
+                f"{self.config.trainer.default_local_dir}; to train longer raise trainer.total_epochs or "
+                "trainer.total_training_steps"
+            )
+            return True
         for batch in self._batches(position):
             self._log(self._train_step(batch, position), position.global_step)
             is_last = position.global_step >= self.total_training_steps
-            if self.val_dataloader is not None and (is_last or _is_due(self.test_freq, position.global_step)):
+            if is_last or _is_due(self.test_freq, position.global_step):
                 self._validate(position.global_step)
-            if is_last or _is_due(self.save_freq, position.global_step):
+            # Asked at one point of every step: processes that saved at different ones would wait for each other.
+            stops = self.processes.is_any(self._sigterm_received)
+            if is_last or stops or _is_due(self.save_freq, position.global_step):
                 folder = self.ckpt_handler.save()
-                if self.is_logging():
-                    tqdm.write(f"Saved {folder / SUBFOLDER}")
+                self._say(f"Saved {folder / SUBFOLDER}")
+            if stops and not is_last:
+                self._say(f"Stopped by SIGTERM after step {position.global_step}: the same command goes on from there")
+                return False
+        return True
 
     def _batches(self, position: Position) -> Iterator[Any]:
         """Batches from `position` on, which is kept up to date, until the last step."""
+        # Saved after an epoch's last batch: that epoch is over, and entering it would give no batch.
         if position.samples >= self.steps_per_epoch * self.global_batch_size:
             position.epoch, position.samples = position.epoch + 1, 0
         with tqdm(
@@ -169,6 +204,7 @@ class SpeculatorTrainingLoop(ABC):
                 self.train_sampler.set_epoch(position.epoch)
                 self.train_sampler.skip_once(position.samples)
                 for batch in self.train_dataloader:
+                    # Ahead of the step, for a checkpoint saved while the caller has the batch.
                     position.global_step += 1
                     position.samples += self.global_batch_size
                     yield batch
@@ -183,12 +219,19 @@ class SpeculatorTrainingLoop(ABC):
         lengths = self._get_batch_seqlens(data=data)
         seqlens = lengths if isinstance(lengths, list) else lengths.tolist()
         tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=NonTensorData(seqlens))
-        self._profile_at(position.global_step)
+        if self.start_profile_step <= position.global_step <= self.end_profile_step and not self._is_profiling:
+            self.training_client.start_profile()
+            self._is_profiling = True
         start = time.perf_counter()
         output = self.train_batch(data)
         seconds = time.perf_counter() - start
+        # Here, so that the profile covers no validation and no save, and ends even at the run's last step.
+        if self._is_profiling and position.global_step == self.end_profile_step:
+            self.training_client.stop_profile()
+            self._is_profiling = False
         position.total_tokens += sum(seqlens)
         if output is None:
+            # Another rank has the outputs of these rows.
             return {}
         metrics = self._summarize(output.pop(SUMS_KEY)[0])
         metrics["loss"] = output.pop("loss")
@@ -204,15 +247,16 @@ class SpeculatorTrainingLoop(ABC):
         }
 
     def _validate(self, global_step: int) -> None:
-        """Log the averages over the whole validation set."""
-        if self.val_dataloader is None:
-            return
+        """Log the averages over the whole validation set, unless SIGTERM comes."""
         totals: dict[str, float] = defaultdict(float)
-        for batch in self.val_dataloader:
+        for batch in self.val_dataloader or ():
+            if self.processes.is_any(self._sigterm_received):
+                # A scheduler grants seconds, and a validation can take minutes.
+                return
             output = self.infer_batch(self._tensordict(batch))
             for name, value in (output[SUMS_KEY][0] if output is not None else {}).items():
                 totals[name] += value
-        if self.is_logging():
+        if totals and self.is_logging():
             # Losses of batches do not average to that of the whole; the sums do.
             sums = {name: value for name, value in totals.items() if name not in ("speculator_loss", "base_loss")}
             self._log({f"val/{name}": value for name, value in self._summarize(sums).items()}, global_step)
@@ -238,11 +282,10 @@ class SpeculatorTrainingLoop(ABC):
         }
         return tu.get_tensordict(tensor_dict=dict(batch), non_tensor_dict=settings)
 
-    def _profile_at(self, global_step: int) -> None:
-        if global_step == self.start_profile_step:
-            self.training_client.start_profile()
-        if global_step == self.end_profile_step + 1 and self.end_profile_step >= 0:
-            self.training_client.stop_profile()
+    def _say(self, text: str) -> None:
+        if self.is_logging():
+            # Not in the middle of the progress bar.
+            tqdm.write(text)
 
     def _log(self, metrics: dict[str, float], global_step: int) -> None:
         if self._tracking is not None and metrics:

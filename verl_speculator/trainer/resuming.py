@@ -1,27 +1,107 @@
-"""Whether a run can go on from a checkpoint: what has to be as it was when the checkpoint was written."""
+"""Whether a run may go on from a checkpoint: it must be the run that wrote it, as far as what is learned is concerned.
+
+A checkpoint records its run's settings (`run_config.yaml`), and fingerprints of its base model and of its data
+(`resume/origin.json`). How the work is cut (processes, micro-batches, number types), how long it lasts and what is
+logged or saved may change.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from verl_speculator.checkpoint.layout import RUN_CONFIG_FILE
+from verl_speculator.checkpoint.layout import RESUME_FOLDER, RUN_CONFIG_FILE
+from verl_speculator.data.chats import resolve_files
 from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.config.compose import engine_name
 from verl_speculator.trainer.config.rules import model_parallel_sizes
 
-_AFRESH = "start afresh with trainer.resume_mode=disable or another trainer.default_local_dir"
+ORIGIN_FILE = f"{RESUME_FOLDER}/origin.json"
+
+_BASE, _DATA = "model.path", "data.train_files"
+_AFRESH = "start afresh with another trainer.default_local_dir or trainer.resume_mode=disable"
+
+# Settings that change what is learned, and sections of which every key does.
+_SECTIONS = ("model.speculator", "optim")
+_MODEL_KEYS = (
+    "model.speculator_path",
+    "model.speculator_adapter",
+    "model.speculator",
+    "model.speculator_loss_coeff",
+    "model.freeze_base_model",
+    "model.detach_hidden_states",
+    "model.custom_chat_template",
+)
+_TRAINING_KEYS = (
+    "optim",
+    "data.train_batch_size",
+    "data.max_length",
+    "data.truncation",
+    "data.train_max_samples",
+    "data.messages_key",
+    "data.tools_key",
+    "data.enable_thinking_key",
+    "data.enable_thinking_default",
+    "data.apply_chat_template_kwargs",
+    "data.ignore_input_ids_mismatch",
+    "data.custom_cls",
+    "data.shuffle",
+    "data.seed",
+    "trainer.seed",
+)
+# Written by verl's trainer, and longer when a run is to train longer.
+_LENGTHS = ("optim.total_training_steps",)
+
+_SAMPLES, _SAMPLE_SIZE = 16, 1 << 14
+_ABSENT = object()
+
+
+def describe_origin(config: DictConfig) -> dict[str, list[dict[str, str | None]]]:
+    """What a run learns from: name and fingerprint of the base model and of each file of data, as JSON can hold it.
+
+    A fingerprint is None where there is nothing to read on this machine: a name on a hub, a remote path.
+    """
+    base = Path(str(config.model.path))
+    # As transformers prefers them. A folder has both forms at times, and an adapter's weights are not the base's.
+    weights = sorted(base.glob("model*.safetensors")) or sorted(base.glob("pytorch_model*.bin"))
+    files = resolve_files(config.data.train_files, _DATA)
+    return {
+        _BASE: [{"name": str(config.model.path), "fingerprint": _fingerprint(*weights)}],
+        _DATA: [{"name": file, "fingerprint": _fingerprint(Path(file))} for file in files],
+    }
 
 
 def check_same_run(config: DictConfig, resume_from: Path) -> None:
-    """Raise :class:`ConfigError` if the run that wrote the checkpoint had settings that this one cannot go on with."""
+    """Refuse to go on from a checkpoint of a run that learned something else.
+
+    Raises:
+        ConfigError: names the first difference and the ways out.
+    """
     file = resume_from / RUN_CONFIG_FILE
     if not file.is_file():
         return
     before = DictConfig(OmegaConf.load(file))
+    # In the order of what a user would want to hear of first.
     _check_same_engine(config, before, resume_from)
-    _check_same_shape(config, before, resume_from)
+    _check_same_origin(config, before, resume_from)
+    # To evaluate, the speculator has to be the same, and not the way in which it was trained.
+    for key in _MODEL_KEYS if config.trainer.val_only else (*_MODEL_KEYS, *_TRAINING_KEYS):
+        # What the old run did not have came with a later version, which gave it the meaning that it had before.
+        was = OmegaConf.select(before, key, default=_ABSENT)
+        section = {f"{key}.{name}": item for name, item in was.items()} if key in _SECTIONS else {key: was}
+        for name, was in section.items():
+            value = OmegaConf.select(config, name)
+            # A width is the same as a number and as a string.
+            if was is not _ABSENT and name not in _LENGTHS and str(value) != str(was):
+                raise ConfigError(
+                    f"{name}={_typed(value)}, but {resume_from} was trained with {_typed(was)}: give that to go on, "
+                    f"or {_AFRESH}"
+                )
 
 
 def _check_same_engine(config: DictConfig, before: DictConfig, resume_from: Path) -> None:
@@ -34,6 +114,7 @@ def _check_same_engine(config: DictConfig, before: DictConfig, resume_from: Path
             f"start from its weights with model.speculator_path={resume_from} and another trainer.default_local_dir"
         )
     if engine != "megatron" or config.model.freeze_base_model:
+        # The speculator's own state does not depend on how it was cut.
         return
     for key, size in model_parallel_sizes(config).items():
         size_before = OmegaConf.select(before, key)
@@ -44,14 +125,45 @@ def _check_same_engine(config: DictConfig, before: DictConfig, resume_from: Path
             )
 
 
-def _check_same_shape(config: DictConfig, before: DictConfig, resume_from: Path) -> None:
-    if config.model.speculator_path is not None or OmegaConf.select(before, "model.speculator_path") is not None:
-        return
-    for key, value in config.model.speculator.items():
-        was = OmegaConf.select(before, f"model.speculator.{key}")
-        # An adapter's setting may be new, and a width is the same as a number and as a string.
-        if was is not None and str(was) != str(value):
+def _check_same_origin(config: DictConfig, before: DictConfig, resume_from: Path) -> None:
+    file = resume_from / ORIGIN_FILE
+    if file.is_file():
+        origin = json.loads(file.read_text())
+    else:
+        # An older checkpoint has the names only.
+        files = resolve_files(OmegaConf.select(before, _DATA), _DATA)
+        origin = {_BASE: [{"name": str(before.model.path)}], _DATA: [{"name": name} for name in files]}
+    for key, items in describe_origin(config).items():
+        if key == _DATA and config.trainer.val_only:
+            continue
+        for item, was in zip_longest(items, origin[key], fillvalue={"name": "nothing"}):
+            marks = item.get("fingerprint"), was.get("fingerprint")
+            # A folder may have moved: where both contents are known, they count.
+            if (marks[0] == marks[1]) if all(marks) else (item["name"] == was["name"]):
+                continue
+            has_changed = " as it was then" if item["name"] == was["name"] else ""
             raise ConfigError(
-                f"model.speculator.{key}={value}, but {resume_from} was trained with {was}: give that to go on, "
-                f"or {_AFRESH}"
+                f"{key}={item['name']}, but {resume_from} was trained with {was['name']}{has_changed}: "
+                f"give that to go on, or {_AFRESH}"
             )
+
+
+def _typed(value: Any) -> str:
+    """As a user would give it."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def _fingerprint(*files: Path) -> str | None:
+    """Of sizes and of samples spread over each file, so that large files need not be read; None for no files."""
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file():
+            return None
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as stream:
+            for index in range(_SAMPLES):
+                # The first sample has the head of a safetensors file, the last one the foot of a parquet file.
+                stream.seek(max(size - _SAMPLE_SIZE, 0) * index // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_SIZE))
+    return digest.hexdigest() if files else None

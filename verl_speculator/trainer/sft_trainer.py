@@ -6,7 +6,6 @@ import os
 import sys
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from verl.trainer.sft_trainer import SFTTrainer
 from verl.utils import tensordict_utils as tu
@@ -18,25 +17,28 @@ from verl_speculator.trainer.checkpoints import RunCheckpoints
 from verl_speculator.trainer.config.devices import apply_device
 from verl_speculator.trainer.entry import run_trainer
 from verl_speculator.trainer.loop import SpeculatorTrainingLoop
+from verl_speculator.trainer.processes import TorchrunProcesses
 from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 
 
 class SpeculatorSFTTrainer(SpeculatorTrainingLoop, SFTTrainer):
     """One process per rank; each loads its own part of the data and holds its own engine."""
 
+    processes = TorchrunProcesses()
+
     def _build_engine(self) -> None:
         self.training_client = SpeculatorTrainingWorker(config=self.worker_config())
         self.training_client.set_loss_fn(loss_fn=base_loss)
         self.engine = self.training_client.engine
+        # Now, since the model is not loaded before `reset`.
+        self.ckpt_handler = RunCheckpoints(self.config, self.engine, self.processes)
 
     def _init_engine(self) -> None:
         self._plan_steps()
         self.training_client.reset()
 
     def _build_ckpt_handler(self) -> None:
-        self.ckpt_handler = RunCheckpoints(
-            self.config, self.engine, is_writer=self.rank == 0, barrier=torch.distributed.barrier
-        )
+        """Built with the engine."""
 
     def data_shard(self) -> tuple[int, int]:
         return self.engine.get_data_parallel_rank(), self.engine.get_data_parallel_size()
@@ -64,18 +66,22 @@ def base_loss(**kwargs: Any) -> Any:
     return sft_loss(config=None, **kwargs)
 
 
-def train(config: DictConfig) -> None:
-    """Train in this process and its torchrun siblings."""
+def train(config: DictConfig) -> bool:
+    """Train in this process and its torchrun siblings; whether to the end."""
     if cpu.is_active():
         cpu.init_process_group()
     else:
         initialize_global_process_group()
     try:
         apply_device(config)
-        SpeculatorSFTTrainer(config=config).fit()
+        return SpeculatorSFTTrainer(config=config).fit()
     finally:
         destroy_global_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(run_trainer(train, sys.argv[1:], int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))))
+    world_size, rank, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+    )
+    sys.exit(run_trainer(train, sys.argv[1:], world_size, rank, local_rank))

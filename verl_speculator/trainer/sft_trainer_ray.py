@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from verl.single_controller.ray import RayClassWithInitArgs, RayResourcePool, RayWorkerGroup
 from verl.trainer.sft_trainer_ray import SFTTrainer
 from verl.utils import tensordict_utils as tu
+from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 from verl_speculator.platforms import cpu
 from verl_speculator.trainer.checkpoints import RunCheckpoints
@@ -19,6 +20,7 @@ from verl_speculator.trainer.config.rules import data_parallel_size
 from verl_speculator.trainer.entry import run_trainer
 from verl_speculator.trainer.launch import joins_cluster
 from verl_speculator.trainer.loop import SpeculatorTrainingLoop
+from verl_speculator.trainer.processes import RayDriver
 from verl_speculator.trainer.sft_trainer import base_loss
 from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 
@@ -42,10 +44,13 @@ class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
             resource_pool=pool, ray_cls_with_init=worker, device_name=trainer.device, **options
         )
         self.training_client.set_loss_fn(loss_fn=base_loss)
+        self.processes = RayDriver(self.training_client)
+        # Now, since the model is not loaded before `reset`.
+        self.ckpt_handler = RunCheckpoints(self.config, self.training_client, self.processes)
         self.training_client.reset()
 
     def _build_ckpt_handler(self) -> None:
-        self.ckpt_handler = RunCheckpoints(self.config, self.training_client, is_writer=True, barrier=lambda: None)
+        """Built with the engine."""
 
     def data_shard(self) -> tuple[int, int]:
         return 0, 1
@@ -58,14 +63,30 @@ class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
         return True
 
     def train_batch(self, batch: Any) -> dict[str, Any] | None:
+        if self.config.trainer.balance_batch:
+            batch = tu.index_select_tensor_dict(batch, self._balanced_order(batch["input_ids"]))
         return tu.get(self.training_client.train_batch(batch).get(), "metrics")
 
     def infer_batch(self, batch: Any) -> dict[str, Any] | None:
         return tu.get(self.training_client.infer_batch(batch).get(), "metrics")
 
+    def _balanced_order(self, input_ids: Any) -> list[int]:
+        """The rows, so that each data-parallel rank gets as many of them and about as much work.
 
-def train(config: DictConfig) -> None:
-    """Train with workers on the Ray cluster this process belongs to, or on one started here."""
+        The loss is a mean over the whole batch and does not depend on it.
+        """
+        work = calculate_workload(input_ids.offsets().diff())
+        parts = get_seqlen_balanced_partitions(work.tolist(), k_partitions=self.data_parallel_size(), equal_size=True)
+        order = []
+        for part in parts:
+            part.sort(key=lambda row: (work[row].item(), row))
+            # Light ones at both ends: pipeline stages that fill or drain then wait less. verl orders them alike.
+            order += part[::2] + part[1::2][::-1]
+        return order
+
+
+def train(config: DictConfig) -> bool:
+    """Train with workers on the Ray cluster this process belongs to, or on one started here; whether to the end."""
     started_here = not ray.is_initialized()
     if started_here:
         # A running cluster has resources of its own.
@@ -73,7 +94,7 @@ def train(config: DictConfig) -> None:
         ray.init(**(cpu.ray_init_args(config.trainer.n_gpus_per_node) if counts_processes else {}))
     try:
         apply_device(config)
-        SpeculatorSFTRayTrainer(config=config).fit()
+        return SpeculatorSFTRayTrainer(config=config).fit()
     finally:
         if started_here:
             ray.shutdown()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import TrainingWorker
 
 from verl_speculator.engine import register_megatron
 from verl_speculator.platforms import cpu
 from verl_speculator.trainer.config.megatron import check_packages
+from verl_speculator.trainer.processes import comes_to_sight
 
 
 class SpeculatorTrainingWorker(TrainingWorker):
@@ -23,3 +26,8 @@ class SpeculatorTrainingWorker(TrainingWorker):
         if self.model_config.freeze_base_model:
             # verl's estimate is for training the whole model: wrong where the base has no backward pass.
             self.flops_counter = None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def sees(self, file: str) -> bool:
+        """Whether a file that the driver has just written is there for this worker."""
+        return comes_to_sight(Path(file))

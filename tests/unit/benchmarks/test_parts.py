@@ -114,3 +114,23 @@ def test_start_up_logs_are_laid_end_to_end(benchmark_module) -> None:
         ("trainer", "first step"): 10,
     }
     assert sum(seconds.values()) == 30.0 - 10.0
+
+
+def test_figures_of_the_loss_are_medians_of_rounds(benchmark_module) -> None:
+    """A ratio and a fraction are of the same round: a machine that slows down moves neither."""
+    bench = benchmark_module("bench_loss")
+    args = bench.argument_parser(None).parse_args([])
+    times = {"stacked": [2.0, 8.0, 4.0], "ours": [1.0, 2.0, 4.0]}
+    peaks = [1e9, 2e9, 4e9]
+    row = bench.summarise(bench.base_case(args), "ours", times, peaks, products=int(4e9), peak=3 * 2**20)
+    assert (row["seconds_min"], row["seconds_median"], row["seconds_max"]) == (1, 2, 4)
+    assert (row["ratio_min"], row["ratio_to_stacked"], row["ratio_max"]) == (1, 2, 4)
+    assert row["matmul_peak_fraction"] == 1.0  # of 4, 1 and 0.25
+    assert (row["matmul_peak_gflops"], row["peak_extra_mb"]) == (2, 3)
+
+
+def test_the_peak_of_matmuls_counts_two_operations_for_each_product(benchmark_module, monkeypatch) -> None:
+    common = benchmark_module("common")
+    spent = iter([4.0, 2.0, 8.0, 4.0, 4.0])
+    monkeypatch.setattr(common, "seconds", lambda run, device: next(spent))
+    assert common.matmul_peak(torch.float32, torch.device("cpu"), 10) == 2 * 10**3 / 2.0

@@ -15,11 +15,18 @@ STEP_SIZES = [
 
 
 def check_times(rows) -> None:
+    """Of two rounds, so the median is half-way between the two."""
     for row in rows:
-        assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]
+        check_median(row, "seconds_median", "seconds_min", "seconds_max")
+        assert row["seconds_min"] > 0
         assert row["peak_extra_mb"] > 0
         assert row["matmul_peak_fraction"] > 0
         assert row["matmul_peak_gflops"] > 0
+
+
+def check_median(row, median: str, low: str, high: str) -> None:
+    assert row[median] == pytest.approx((row[low] + row[high]) / 2, rel=1e-9)
+    assert row[low] < row[high], "the rounds were timed one by one"
 
 
 def test_loss(run_benchmark) -> None:
@@ -30,9 +37,20 @@ def test_loss(run_benchmark) -> None:
     check_times(rows)
     for row in rows:
         assert row["tokens"] == 64
-        assert row["ratio_min"] <= row["ratio_to_stacked"] <= row["ratio_max"]
         if row["variant"] == "stacked":
-            assert row["ratio_to_stacked"] == 1
+            assert row["ratio_min"] == row["ratio_to_stacked"] == row["ratio_max"] == 1
+        else:
+            check_median(row, "ratio_to_stacked", "ratio_min", "ratio_max")
+
+
+def test_objectives(run_benchmark) -> None:
+    rows = run_benchmark("bench_objectives.py", *LOSS_SIZES, "--mask-fractions", "0.5")["rows"]
+    kinds = [(row["objective"], row["weights"]) for row in rows]
+    assert kinds == [*((name, "alike") for name in ("ce", "kl", "rkl", "tv", "lk")), ("lk", "adaptive")]
+    assert rows[0]["ratio_to_ce"] == 1
+    for row in rows:
+        assert row["ratio_min"] <= row["ratio_to_ce"] <= row["ratio_max"]
+        assert row["peak_extra_mb"] > 0
 
 
 @pytest.mark.slow
@@ -47,7 +65,8 @@ def test_tensor_parallel(run_benchmark) -> None:
     for row in rows.values():
         assert row["trained_rows"] == 60
         assert row["loss"] == pytest.approx(rows["whole"]["loss"], rel=1e-5)
-        assert row["ratio_min_to_rows"] <= row["ratio_to_rows"] <= row["ratio_max_to_rows"]
+        if row["variant"] != "rows":
+            check_median(row, "ratio_to_rows", "ratio_min_to_rows", "ratio_max_to_rows")
     assert rows["rows"]["ratio_to_rows"] == rows["whole"]["ratio_to_whole"] == 1
     # Half of the weight is received and half of its gradient sent; the states' gradient goes both ways.
     assert rows["rows"]["sent_mb"] * 2**20 == 2 * 4 * 200 * 24 / 2

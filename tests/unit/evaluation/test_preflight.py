@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from verl_speculator.errors import CheckpointError, ConfigError, DataError, MissingFileError
+from verl_speculator.evaluation import preflight
 from verl_speculator.evaluation.preflight import check_input, check_report_folder
 from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings
 from verl_speculator.models import ArcticLSTMSpeculatorConfig, Speculator
@@ -28,7 +29,7 @@ def given(base_model, chat_data, tmp_path):
     def build(**changes) -> EvaluationInput:
         values = {
             "base": str(base_model),
-            "speculators": (speculator_folder(tmp_path / "speculator"),),
+            "speculators": (str(speculator_folder(tmp_path / "speculator")),),
             "data": (str(chat_data.val),),
         }
         return EvaluationInput(**{**values, **changes})
@@ -48,7 +49,7 @@ def refuse(kind, message, given, **settings) -> None:
 
 def test_paths_that_are_not_there(given, tmp_path) -> None:
     absent = tmp_path / "absent"
-    refuse(MissingFileError, "^--speculator: there is no folder", given(speculators=(absent,)))
+    refuse(MissingFileError, "^--speculator: there is no folder", given(speculators=(str(absent),)))
     refuse(MissingFileError, "^--base: there is no folder", given(base=str(absent)))
     refuse(MissingFileError, "^--data: .* does not exist", given(data=(str(absent),)))
     refuse(DataError, "^--data: .*download it first", given(data=("s3://x/y.parquet",)))
@@ -58,7 +59,7 @@ def test_paths_that_are_not_there(given, tmp_path) -> None:
 def test_folders_without_their_files(given, base_model, tmp_path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    refuse(MissingFileError, "^--speculator: .*holds no config.json", given(speculators=(empty,)))
+    refuse(MissingFileError, "^--speculator: .*holds no config.json", given(speculators=(str(empty),)))
     refuse(MissingFileError, "^--base: .*has no config.json", given(base=str(empty)))
     shutil.copy(base_model / "config.json", empty)
     refuse(MissingFileError, "^--base: .*has no weights", given(base=str(empty)))
@@ -68,12 +69,12 @@ def test_speculator_without_weights_or_with_a_strange_config(given, tmp_path) ->
     folder = speculator_folder(tmp_path / "other")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text(json.dumps({"architectures": ["Nobody"]}))
-    refuse(CheckpointError, "^--speculator: .*architectures", given(speculators=(folder,)))
+    refuse(CheckpointError, "^--speculator: .*architectures", given(speculators=(str(folder),)))
     (folder / "config.json").write_text(config)
     for name in ("model.safetensors", "pytorch_model.bin"):
-        check_input(given(speculators=(folder,)), EvaluationSettings())
+        check_input(given(speculators=(str(folder),)), EvaluationSettings())
         (folder / name).unlink()
-    refuse(MissingFileError, "^--speculator: .*holds no weights", given(speculators=(folder,)))
+    refuse(MissingFileError, "^--speculator: .*holds no weights", given(speculators=(str(folder),)))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_speculator_without_weights_or_with_a_strange_config(given, tmp_path) ->
 )
 def test_speculator_of_another_base(given, tmp_path, changes, message) -> None:
     folder = speculator_folder(tmp_path / "other", **changes)
-    refuse(ConfigError, f"^--speculator: .*{message}", given(speculators=(folder,)))
+    refuse(ConfigError, f"^--speculator: .*{message}", given(speculators=(str(folder),)))
 
 
 def test_more_drafts_than_heads(given) -> None:
@@ -126,3 +127,41 @@ def test_report_folder_that_cannot_be_made(tmp_path) -> None:
         check_report_folder(tmp_path / "file")
     check_report_folder(tmp_path / "new" / "folder")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub with one speculator, at `owner/speculator`."""
+    import huggingface_hub
+
+    folder = speculator_folder(tmp_path / "hub")
+
+    def download(name: str, file: str, revision: str | None) -> str:
+        if name != "owner/speculator":
+            raise OSError("404")
+        return str(folder / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
+    preflight.speculator_folder.cache_clear()
+    yield folder
+    preflight.speculator_folder.cache_clear()
+
+
+def test_a_speculator_may_be_a_name_on_the_hub(hub, given) -> None:
+    check_input(given(speculators=("owner/speculator",)), EvaluationSettings(num_draft_tokens=2))
+    assert preflight.speculator_folder("owner/speculator") == hub
+    refuse(
+        ConfigError,
+        "--num-draft-tokens=3 .*'owner/speculator'",
+        given(speculators=("owner/speculator",)),
+        num_draft_tokens=3,
+    )
+
+
+def test_a_name_that_the_hub_does_not_have(hub, given) -> None:
+    refuse(
+        MissingFileError,
+        "^--speculator: 'owner/other' is no folder, and the Hugging Face hub has no speculator of that name",
+        given(speculators=("owner/other",)),
+    )

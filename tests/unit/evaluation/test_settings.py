@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from verl_speculator.errors import ConfigError
@@ -12,7 +10,7 @@ from verl_speculator.evaluation.settings import EvaluationSettings, label_paths
     ("values", "message"),
     [
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
-        ({"num_prompts": 0}, "--num-prompts must be at least 1, got 0"),
+        ({"num_prompts": 0}, "--limit must be at least 1, got 0"),
         ({"num_draft_tokens": 0}, "--num-draft-tokens must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "--temperature must be"),
@@ -40,10 +38,11 @@ def test_mistake_names_its_flag(values, message) -> None:
         (["/x/run/global_step_5", "/y/run/global_step_5"], ["x/run step 5", "y/run step 5"]),
         (["/x/one", "/y/two"], ["one", "two"]),
         (["/x/same", "/x/same"], ["same (1)", "same (2)"]),
+        (["owner/name", "/runs/a/global_step_5"], ["owner/name", "a step 5"]),
     ],
 )
 def test_labels_are_short_and_tell_apart(paths, labels) -> None:
-    assert label_paths(tuple(map(Path, paths))) == labels
+    assert label_paths(tuple(paths)) == labels
 
 
 @pytest.mark.parametrize(

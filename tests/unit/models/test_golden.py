@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from verl_speculator.models import Speculator
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
-CASES = sorted(folder for folder in GOLDEN.iterdir() if folder.is_dir())
+CASES = sorted(folder.parent for folder in GOLDEN.glob("*/io.safetensors"))
 
 
 @pytest.fixture(params=CASES, ids=lambda folder: folder.name)
@@ -47,3 +47,24 @@ def test_loss_and_gradients(case):
     assert ours.keys() == grads.keys()
     for name, grad in grads.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: n + text)
+
+
+def test_a_checkpoint_of_speculators_drafts_the_same():
+    """Written by Speculators 0.9 itself, whose model gave these tokens in each step of its training-time test."""
+    folder = GOLDEN / "eagle3_speculators_0.9"
+    io = load_file(folder / "outputs.safetensors")
+    model = Speculator.from_pretrained(folder)
+    ids = io["input_ids"]
+    length, width = ids.shape[1], model.config.input_hidden_dim
+    outputs, _, _ = model(
+        hidden_states=io["hidden_states"],
+        input_ids=ids,
+        document_ids=torch.zeros_like(ids),
+        loss_mask=torch.ones_like(ids),
+        position_ids=torch.arange(length)[None],
+        verifier_last_hidden_states=torch.zeros(1, length, width),
+        verifier_lm_head_weight=torch.zeros(model.config.vocab_size, width),
+    )
+    for k, output in enumerate(outputs):
+        # Theirs goes on past the last token that there is to predict.
+        assert model.lm_head(output).argmax(-1).tolist() == io[f"drafts_{k}"].tolist()[: length - 2 - k]

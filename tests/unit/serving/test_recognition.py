@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -132,6 +138,68 @@ def test_hub_name_in_the_cache(make_speculator, monkeypatch) -> None:
     assert asked == [("owner/speculator", "config.json", "v2")]
     assert found is not None
     assert found.folder() == Path(folder)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks of the hub for `owner/speculator`."""
+
+    folder: Path
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        body, commit = b"", "0" * 40
+        files = list(self.folder.iterdir())
+        if self.path.startswith("/api/models/owner/speculator/tree/"):
+            tree = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"} for file in files]
+            body = json.dumps(tree).encode()
+        elif self.path.startswith("/api/models/owner/speculator"):
+            siblings = [{"rfilename": file.name} for file in files]
+            body = json.dumps({"id": "owner/speculator", "sha": commit, "siblings": siblings}).encode()
+        elif self.path.startswith("/owner/speculator/resolve/"):
+            body = (self.folder / self.path.rpartition("/")[2]).read_bytes()
+        self.send_response(200 if body else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_) -> None: ...
+
+
+def test_hub_name_is_downloaded_by_the_hubs_own_client(make_speculator, tmp_path) -> None:
+    """In a process of its own: the client reads the hub's address when it is imported."""
+    _, Hub.folder = make_speculator("sum_rnn")
+    (Hub.folder / "training_data.bin").write_bytes(b"large")
+    code = (
+        "from verl_speculator.serving.recognition import find_speculator\n"
+        "print(find_speculator('owner/speculator').folder(), find_speculator('owner/other'))"
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(tmp_path / "cache"),
+            "NO_PROXY": "127.0.0.1",
+        }
+        environment.pop("HF_HUB_OFFLINE", None)
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False, env=environment
+        )
+        server.shutdown()
+    assert result.returncode == 0, result.stderr
+    folder, other = result.stdout.split()
+    assert other == "None"
+    assert {file.name for file in Path(folder).iterdir()} == {"config.json", "model.safetensors", "pytorch_model.bin"}
+    assert (Path(folder) / "config.json").read_bytes() == (Hub.folder / "config.json").read_bytes()
 
 
 def test_hub_that_does_not_answer_leaves_it_to_vllm(monkeypatch) -> None:

@@ -101,8 +101,10 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
         ConfigError: an override that does not parse, or a key that does not exist, with the nearest one that does.
     """
     parsed = [parse_override(text) for text in overrides]
+    # As a folder: Hydra's pkg:// form would import verl, which takes ten seconds.
     search_path = "hydra.searchpath=[" + _quoted(f"file://{_verl_config_dir()}") + "]"
     try:
+        # Which keys there are depends on the engine, and Hydra's own answer to an unknown one names no other.
         engine = chosen_engine(parsed)
         with initialize_config_dir(str(config_dir()), version_base=None):
             check_overrides(parsed, engine, functools.partial(_known_keys_of, search_path))
@@ -114,6 +116,7 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_line(error)) from error
     _resolve_paths(config)
+    # Whichever of the two a user gave, what is printed or saved says the same under both.
     config.model.partial_pretrain = config.model.path
     return config
 
@@ -138,6 +141,7 @@ def parse_override(text: str) -> Override:
         if not equals or value[:1] in ("{", "[", "'", '"'):
             raise ConfigError(problem) from error
         try:
+            # Most such values are paths. What begins like a list, a dictionary or a quoted text was meant as one.
             override = OverridesParser.create().parse_override(f"{key}={_quoted(value)}")
         except HydraException:
             raise ConfigError(problem) from error
@@ -223,6 +227,7 @@ def _check_key(key: str, override: Override, engine: str, keys_of: Callable[[str
         if override.is_add() and not known[key]:
             raise ConfigError(f"{key} is there already: write {key}=... without the plus sign")
         return
+    # The key may be right with the other engine: say so before looking for one that is spelled like it.
     (other,) = set(ENGINES) - {engine}
     foreign = [name for name in keys_of(other) if name not in known]
     if other == "fsdp":
@@ -299,6 +304,7 @@ def _nested_names(values: Mapping[Any, Any]) -> Iterator[str]:
             yield from (f"{key}.{name}" for name in _nested_names(value))
 
 
+# Composing is slow, and a command under Ray reads its configuration twice.
 @functools.cache
 def _known_keys_of(search_path: str, engine: str) -> KnownKeys:
     return known_keys(compose(CONFIG_NAME, [search_path, f"engine={engine}", f"optim={engine}"]))

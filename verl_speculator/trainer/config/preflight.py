@@ -35,11 +35,13 @@ def check_run(
     Raises:
         SpeculatorError: one sentence that names the key or the file, and what would be right.
     """
+    # From what costs nothing to what reads whole files, so that most mistakes are answered at once.
     check_values(config, world_size)
     on_megatron = engine_name(config) == "megatron"
     if on_megatron and not workers_elsewhere:
         check_packages(config.engine)
     model: Any = OmegaConf.to_container(config.model)
+    # The adapter checks `model.speculator` itself: it may be a user's own, with settings that are not known here.
     adapter = build_speculator_adapter(model["speculator_adapter"], model["speculator"])
     _check_data(config)
     sizes = check_base_files(
@@ -104,6 +106,7 @@ def _check_speculator(adapter: SpeculatorAdapter, path: str, sizes: BaseSizes | 
 
 def _check_output(root: Path) -> None:
     try:
+        # Tried out, since neither permissions nor quotas tell on every file system. Nothing is left behind.
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
             pass

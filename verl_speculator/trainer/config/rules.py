@@ -34,7 +34,9 @@ def check_values(config: DictConfig, world_size: int) -> None:
     try:
         run.model_validate(OmegaConf.to_container(config))
     except ValidationError as error:
+        # One sentence: the others may follow from the first.
         raise ConfigError(_sentence(error.errors()[0])) from None
+    # Only now that sizes are known to be positive integers.
     _check_processes(config, world_size)
 
 
@@ -87,6 +89,7 @@ def _must_be(right: str, why: str = "") -> WrapValidator:
 
 def _one_of(*choices: Any, why: str = "") -> WrapValidator:
     """Like `Literal`, which takes 1 for true; the words are the choices."""
+    # As they are typed: null, true and false.
     words = [json.dumps(choice).strip('"') for choice in choices]
     right = " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
@@ -142,6 +145,7 @@ class _Data(_Section):
     train_max_samples: _Int
     val_max_samples: _Int
     use_dynamic_bsz: _Bool
+    truncation: Annotated[str, _one_of("right", "error", why="verl cuts rows that are not padded at their end only")]
     pad_mode: Annotated[str, _one_of("no_padding", why="to pad batches set model.use_remove_padding=false instead")]
 
     @model_validator(mode="after")
@@ -169,6 +173,7 @@ class _Model(_Section):
 
 class _Trainer(_Section):
     default_local_dir: _Path
+    default_hdfs_dir: Annotated[None, _one_of(None, why="checkpoints are not copied: give trainer.default_local_dir")]
     resume_from_path: _PathOrNull
     total_epochs: _PositiveInt
     total_training_steps: _PositiveIntOrNull
@@ -265,6 +270,7 @@ class _MegatronOptim(_Optim):
     lr_warmup_steps_ratio: Annotated[
         float | None, Field(ge=0, lt=1), _must_be("null or a number from 0 on and below 1")
     ]
+    # -1 and null both mean the ratio above.
     lr_warmup_steps: Any
     use_precision_aware_optimizer: Any
     override_optimizer_config: Any = None
@@ -287,6 +293,7 @@ class _MegatronRun(_Run):
     @model_validator(mode="after")
     def _base_can_train_so(self) -> Self:
         engine, optim = self.engine, self.optim
+        # verl overwrites the engine's setting with the model's: one that differs would not be heard.
         if engine.use_remove_padding is not self.model.use_remove_padding:
             raise ConfigError(
                 "engine.use_remove_padding follows model.use_remove_padding: set model.use_remove_padding="

@@ -307,8 +307,12 @@ def test_resuming_with_another_shape(refused, check, checkpoint, good_run, write
     message = refused(*same, "model.speculator.method=sum_lstm")
     assert message.startswith(f"model.speculator.method=sum_lstm, but {checkpoint} was trained with sum_rnn: ")
     check("model.speculator.n_predict=3", "trainer.resume_mode=disable")
-    # The shape of one that was loaded counts, and not the settings.
-    check("model.speculator.n_predict=3", f"model.speculator_path={write_speculator(tmp_path / 'other')}")
+    loaded = f"model.speculator_path={write_speculator(tmp_path / 'other')}"
+    assert refused(*same, loaded).startswith(loaded)
+    OmegaConf.save(load_config([*good_run, loaded]), checkpoint / layout.RUN_CONFIG_FILE)
+    check(loaded)
+    # Its shape is that of the loaded one, but not all of its settings are about a shape.
+    assert refused("model.speculator.n_predict=3", loaded).startswith("model.speculator.n_predict=3, but ")
 
 
 @pytest.mark.parametrize("way", ["auto", "resume_path"])
@@ -387,6 +391,8 @@ def test_save_path_not_writable(refused, tmp_path, place) -> None:
         ("engine.forward_only=true", "false"),
         ("+engine.mixed_precision.param_dtype=fp16", "bf16 or fp32"),
         ("data.pad_mode=right", "no_padding"),
+        ("data.truncation=left", "right or error"),
+        ("trainer.default_hdfs_dir=hdfs://cluster/run", "null"),
         ("model.use_fused_kernels=true", "false"),
         ("model.lora_rank=8", "0"),
         ("model.speculator_dtype=fp16", "null, bf16 or fp32"),

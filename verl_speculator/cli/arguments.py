@@ -1,0 +1,71 @@
+"""Flags that commands share, so that they are called and mean the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from verl_speculator.base_model.settings import DEVICE_MAPS, DTYPES
+from verl_speculator.evaluation.settings import EvaluationSettings
+
+_DEFAULTS = EvaluationSettings()
+
+
+def add_data_arguments(group: Any, *, limit: int | None) -> None:
+    """What is decoded by which base."""
+    group.add_argument("--base", required=True, metavar="BASE", help="base model: a Hugging Face folder or name")
+    group.add_argument(
+        "--data", required=True, action="append", metavar="FILE.parquet", help="chats; repeat for several files"
+    )
+    group.add_argument("--messages-key", default=_DEFAULTS.messages_key, help="column of chats (default: %(default)s)")
+    group.add_argument(
+        "--limit",
+        "--num-prompts",
+        dest="num_prompts",
+        type=int,
+        default=limit,
+        metavar="N",
+        help=f"the first N chats only (default: {limit or 'all'})",
+    )
+    group.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja file to use instead of the base's own")
+
+
+def add_decoding_arguments(group: Any, *, max_new_tokens: int, batch_size: int) -> None:
+    group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="of an answer (default: %(default)s)")
+    group.add_argument("--batch-size", type=int, default=batch_size, help="prompts at once (default: %(default)s)")
+    group.add_argument(
+        "--temperature", type=float, default=_DEFAULTS.temperature, help="0 is greedy (default: %(default)s)"
+    )
+    group.add_argument("--top-p", type=float, default=_DEFAULTS.top_p, help="default: %(default)s")
+    group.add_argument("--top-k", type=int, default=_DEFAULTS.top_k, help="0 is off (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=_DEFAULTS.seed, help="of sampling (default: %(default)s)")
+
+
+def add_load_arguments(group: Any) -> None:
+    """The flags of `LoadSettings`, for every command that decodes."""
+    group.add_argument(
+        "--dtype", choices=DTYPES, default=_DEFAULTS.dtype, help="auto: float32 on a CPU, else the base's own"
+    )
+    group.add_argument(
+        "--device", default=_DEFAULTS.device, help="such as cpu or cuda:0 (default: an accelerator if any)"
+    )
+    group.add_argument(
+        "--device-map",
+        choices=DEVICE_MAPS,
+        help="spread the base's layers over all accelerators (default: only if it does not fit on one)",
+    )
+    group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a base on the hub")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
+    group.add_argument(
+        "--attn-implementation",
+        metavar="NAME",
+        help="such as eager, sdpa or flash_attention_2 (default: transformers')",
+    )
+
+
+def settings_of(args: argparse.Namespace) -> EvaluationSettings:
+    """Of a command whose flags have the names of its fields."""
+    return EvaluationSettings(
+        **{name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
+    )

@@ -1,0 +1,437 @@
+"""EAGLE-3 (Li et al. 2025, arXiv:2503.01840): the model, and its training-time test.
+
+Entry t of a sequence is made of what the base knows at position t and of the token that follows, x_{t+1}; from it the
+model predicts x_{t+2}. A later step goes on from its own output there, with the next token: step k at t reads x_{t+1+k}
+and predicts x_{t+2+k}, as head k of a chain does. In training these tokens are the text's.
+
+T tokens of a packed batch, of which N are worked on; H is the base's hidden size, V its vocabulary, A the number of
+layers that are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from verl_speculator.errors import ConfigError, MissingFileError
+from verl_speculator.losses.alignment import chain_rows, head_inputs, head_targets, trained_positions
+from verl_speculator.losses.soft_targets import HeadRows, Objective, SoftTargetsOutput, TargetHead, soft_target_loss
+from verl_speculator.models.base_components import ModelComponents, model_classes, override_components
+from verl_speculator.models.eagle3.attention import TrainingTimeAttention
+from verl_speculator.models.eagle3.config import Eagle3SpeculatorConfig, Eagle3TrainingArguments, check_layer_ids
+from verl_speculator.models.speculator import Speculator
+
+# `attend(layer, query, key, value, scaling)`: [1, heads, N, D] each, to [1, N, heads, D].
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+_ATTENTION = "verl_speculator_attend"
+# What the draft layers take over from the base's configuration, whatever its architecture.
+_TAKEN_OVER = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+)
+
+
+@functools.cache
+def eagle3_components(arch: str) -> ModelComponents:
+    """The parts of `arch` with EAGLE-3's first layer, whose attention reads embeddings beside hidden states."""
+    base = model_classes[arch]
+
+    class FirstLayer(base.first_layer_class):  # type: ignore[name-defined]
+        def __init__(self, config: Any, layer_idx: int, norm_before_residual: bool) -> None:
+            super().__init__(config, layer_idx)
+            self.norm_before_residual = norm_before_residual
+            self.hidden_norm = base.norm_class(config.hidden_size, eps=config.rms_norm_eps)
+            for name in ("q_proj", "k_proj", "v_proj"):
+                narrow = getattr(self.self_attn, name)
+                wide = nn.Linear(2 * narrow.in_features, narrow.out_features, bias=narrow.bias is not None)
+                setattr(self.self_attn, name, wide)
+
+        def forward(self, embeds_and_hidden: Tensor, **kwargs: Any) -> Tensor:
+            embeds, hidden = embeds_and_hidden.chunk(2, dim=-1)
+            normed = self.hidden_norm(hidden)
+            residual = normed if self.norm_before_residual else hidden
+            attended, _ = self.self_attn(torch.cat([self.input_layernorm(embeds), normed], dim=-1), **kwargs)
+            residual = residual + attended
+            return residual + self.mlp(self.post_attention_layernorm(residual))
+
+    _register_attention()
+    return override_components(arch, first_layer_class=FirstLayer)
+
+
+def _register_attention() -> None:
+    """Let transformers' layers hand their queries, keys and values to the `attend` that they were called with."""
+    utils: Any = importlib.import_module("transformers.modeling_utils")
+
+    def forward(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any) -> tuple:
+        return kwargs["attend"](module.layer_idx, query, key, value, kwargs["scaling"]), None
+
+    utils.ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, forward)
+
+
+@Speculator.register("eagle3")
+class Eagle3Speculator(Speculator):
+    """Decoder layers on the base's states of several layers; names and shapes in files are Speculators'.
+
+    `embed_tokens` and `lm_head` are the base's: the rows of its matrices, those of the draft vocabulary for the second.
+    They do not train, except the embeddings if asked for.
+    """
+
+    config: Eagle3SpeculatorConfig
+    d2t: Tensor | None
+    t2d: Tensor | None
+
+    def __init__(self, config: Eagle3SpeculatorConfig) -> None:
+        super().__init__(config)
+        layer_config = config.layer_config()
+        layer_config._attn_implementation = _ATTENTION
+        width, eps = layer_config.hidden_size, layer_config.rms_norm_eps
+        parts = eagle3_components(layer_config.model_type)
+        num_states = len(config.eagle_aux_hidden_state_layer_ids)
+
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.input_norm = parts.norm_class(num_states * width, eps=eps) if config.norm_before_fc else None
+        norms = [parts.norm_class(width, eps=eps) for _ in range(num_states)] if config.fc_norm else None
+        self.fc_norm = None if norms is None else nn.ModuleList(norms)
+        self.fc = nn.Linear(num_states * width, width, bias=False)
+        first: Any = parts.first_layer_class
+        layers = [first(layer_config, 0, config.norm_before_residual)]
+        layers += [parts.decoder_layer_class(layer_config, i) for i in range(1, layer_config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = parts.norm_class(width, eps=eps)
+        self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
+        # Offsets from draft to target ids, and which target tokens can be drafted.
+        self.register_buffer("d2t", None)
+        self.register_buffer("t2d", None)
+        if config.draft_vocab_size < config.vocab_size:
+            self.d2t = torch.zeros(config.draft_vocab_size, dtype=torch.long)
+            self.t2d = torch.arange(config.vocab_size) < config.draft_vocab_size
+        self.embed_tokens.weight.requires_grad_(config.embed_requires_grad)
+        self.lm_head.weight.requires_grad_(False)
+        # No module of its own: it has nothing to load or to shard, and a table on whatever device it is used on.
+        self._make_rotary = functools.cache(lambda device: parts.rotary_emb_class(layer_config).to(device))
+        self.reset_parameters()
+
+    @property
+    def target_layer_ids(self) -> list[int]:
+        return self.config.eagle_aux_hidden_state_layer_ids
+
+    @property
+    def draft_ids(self) -> Tensor | None:
+        """The target's id of each token of the draft vocabulary; None where the two are one."""
+        return None if self.d2t is None else self.d2t + torch.arange(self.d2t.shape[0], device=self.d2t.device)
+
+    # Building and training: the contract of every model that is no chain
+
+    @classmethod
+    def from_training_args(
+        cls,
+        verifier_config: Any,
+        *,
+        t2d: Tensor | None = None,
+        d2t: Tensor | None = None,
+        verifier_name_or_path: str = "",
+        verifier_architectures: list[str] | None = None,
+        **kwargs: Any,
+    ) -> Eagle3Speculator:
+        """A fresh model for a base; `load_verifier_weights` has to follow, until then what is the base's is NaN.
+
+        Args:
+            verifier_config: The base's text configuration.
+            t2d: [V] bool, the tokens that can be drafted; instead of `draft_vocab_path`.
+            d2t: Ignored, for it follows from `t2d`.
+            kwargs: The fields of `Eagle3TrainingArguments`.
+
+        Raises:
+            ConfigError: A setting that cannot work; the message begins with its name.
+            MissingFileError: There is no file `draft_vocab_path`.
+        """
+        arguments = Eagle3TrainingArguments(**kwargs)
+        num_layers = verifier_config.num_hidden_layers
+        layer_ids = arguments.target_layer_ids or [2, num_layers // 2, num_layers - 3]
+        if arguments.target_layer_ids is None and num_layers < 7:
+            raise ConfigError(f"target_layer_ids must be given for a base of {num_layers} layers, as in [0, 1, 2].")
+        check_layer_ids(layer_ids, "target_layer_ids", num_layers)
+        vocab_size = verifier_config.vocab_size
+        if t2d is None and arguments.draft_vocab_path is not None:
+            t2d = _read_t2d(arguments.draft_vocab_path)
+        if t2d is not None and t2d.shape != (vocab_size,):
+            raise ConfigError(f"draft_vocab_path must hold one boolean for each of {vocab_size} tokens.")
+        if arguments.draft_vocab_size not in (None, vocab_size) and t2d is None:
+            raise ConfigError("draft_vocab_size needs draft_vocab_path, which says which tokens these are.")
+        size = vocab_size if t2d is None else int(t2d.sum())
+        if arguments.draft_vocab_size not in (None, size):
+            raise ConfigError(
+                f"draft_vocab_size is {arguments.draft_vocab_size} and draft_vocab_path has {size} tokens."
+            )
+
+        taken = {name: getattr(verifier_config, name, None) for name in _TAKEN_OVER}
+        layer_config = {
+            "model_type": arguments.draft_arch,
+            **{name: value for name, value in taken.items() if value is not None},
+            "num_hidden_layers": arguments.num_layers,
+            "attention_bias": False,
+            "tie_word_embeddings": False,
+        }
+        model = cls(
+            Eagle3SpeculatorConfig(
+                input_hidden_dim=verifier_config.hidden_size,
+                vocab_size=vocab_size,
+                n_predict=arguments.ttt_steps,
+                base_model_name_or_path=verifier_name_or_path,
+                base_architectures=verifier_architectures or [],
+                transformer_layer_config=layer_config,
+                draft_vocab_size=size,
+                eagle_aux_hidden_state_layer_ids=list(layer_ids),
+                norm_before_residual=arguments.norm_before_residual,
+                norm_before_fc=arguments.norm_before_fc,
+                fc_norm=arguments.fc_norm,
+                norm_output=arguments.norm_output,
+                embed_requires_grad=arguments.embed_requires_grad,
+            )
+        )
+        if t2d is not None and size < vocab_size:
+            model.load_vocab_mappings(t2d)
+        with torch.no_grad():
+            model.embed_tokens.weight.fill_(torch.nan)
+            model.lm_head.weight.fill_(torch.nan)
+        return model
+
+    @staticmethod
+    def get_trainer_kwargs(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `forward` is called with in training and in validation, from the fields of the training arguments.
+
+        Raises:
+            ConfigError: A setting that cannot work; the message begins with its name.
+        """
+        arguments = Eagle3TrainingArguments(**args)
+        if arguments.draft_vocab_path is not None:
+            _read_t2d(arguments.draft_vocab_path)
+        given = arguments.objective
+        weights = given if isinstance(given, Mapping) else {given: 1.0}
+        kwargs = {
+            "ttt_steps": arguments.ttt_steps,
+            "ttt_step_loss_decay": float(arguments.ttt_step_loss_decay),
+            "objective": Objective(weights, arguments.objective_temperature),
+        }
+        return kwargs, dict(kwargs)
+
+    def load_vocab_mappings(self, t2d: Tensor) -> None:
+        """Draft the tokens for which `t2d` [V] is true, in the order of their ids."""
+        assert self.t2d is not None
+        assert self.d2t is not None
+        ids = t2d.nonzero().squeeze(1).to(torch.long)
+        self.t2d.copy_(t2d)
+        self.d2t.copy_(ids - torch.arange(ids.shape[0]))
+
+    @torch.no_grad()
+    def load_verifier_weights(self, embed_tokens: Tensor, lm_head: Tensor) -> None:
+        """Take over what is the base's: its embeddings [V, H] and its vocabulary matrix [V, H]."""
+        self.embed_tokens.weight.copy_(embed_tokens)
+        self.lm_head.weight.copy_(lm_head if self.draft_ids is None else lm_head[self.draft_ids])
+
+    def count_trained(
+        self,
+        input_ids: Tensor,
+        loss_mask: Tensor,
+        document_ids: Tensor,
+        *,
+        ttt_steps: int,
+        ttt_step_loss_decay: float,
+        objective: Objective,
+    ) -> Tensor:
+        """What the mean of `forward` divides by: trained positions of every step, as much as the step counts."""
+        trained_PT = self._trained(input_ids[0], loss_mask[0], _offsets(document_ids[0]), ttt_steps, objective)
+        return _step_weights(ttt_steps, ttt_step_loss_decay, trained_PT.device) @ trained_PT.sum(dim=1).double()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        document_ids: Tensor,
+        loss_mask: Tensor,
+        position_ids: Tensor,
+        verifier_last_hidden_states: Tensor,
+        verifier_lm_head_weight: Tensor | None = None,
+        *,
+        ttt_steps: int = 3,
+        ttt_step_loss_decay: float = 1.0,
+        objective: Objective | None = None,
+    ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+        """The training-time test on a packed batch, whose sequences lie end to end.
+
+        A step trains where the token that it predicts lies in the same sequence and has loss mask 1; for hard labels it
+        must be in the draft vocabulary too. The target's distribution is that over the draft vocabulary.
+
+        Args:
+            hidden_states: [1, T, A * H], the base's layers `target_layer_ids` side by side.
+            input_ids: [1, T], what the base read.
+            document_ids: [1, T], the same for the tokens of a sequence and other than its neighbours'.
+            loss_mask: [1, T], 1 where a token is to be learnt.
+            position_ids: [1, T], from 0 in each sequence.
+            verifier_last_hidden_states: [1, T, H], what goes into the base's `lm_head`.
+            verifier_lm_head_weight: [V, H]; None only if `objective` needs no target.
+            ttt_step_loss_decay: Step k counts for its k-th power.
+            objective: `kl` if not given.
+
+        Returns:
+            Each step's output [N_k, H] where it trains; the weighted mean of all trained rows' losses; and pairs
+            `<name>_sum`, `<name>_total`. `loss_total` is what the mean divides by. For each step k there are `loss_k`,
+            `cross_entropy_k` of the text's tokens, `overlap_k` with the target's distribution and `full_acc_k`, drafts
+            that are the text's; and `acceptance_length`, tokens per verification along the text.
+        """
+        objective = Objective({"kl": 1.0}) if objective is None else objective
+        ids_T = input_ids[0]
+        offsets = _offsets(document_ids[0])
+        trained_PT = self._trained(ids_T, loss_mask[0], offsets, ttt_steps, objective)
+        rows = chain_rows(trained_PT)
+
+        hidden = self.fuse(hidden_states)
+        starts_T = offsets[:-1].repeat_interleave(offsets.diff(), output_size=ids_T.shape[0])
+        attention = TrainingTimeAttention(starts_T)
+        # The first step runs everywhere, for its keys are seen from further on; the others where they train.
+        rows_N = torch.arange(ids_T.shape[0], device=ids_T.device)
+        outputs = []
+        for k in range(ttt_steps):
+            if k > 0:
+                kept = rows.positions[1] if k == 1 else rows.kept[k]
+                if kept.shape[0] == 0:
+                    # Layers of transformers do not run on nothing.
+                    kept = kept.new_zeros(1)
+                rows_N = rows_N[kept]
+                attention.next_step(kept, rows_N)
+                hidden = hidden[:, kept]
+            hidden, output = self.step(
+                self.embed_tokens(head_inputs(ids_T, rows_N, k))[None], hidden, position_ids[:, rows_N] + k, attention
+            )
+            outputs.append(output[0, rows.trained_positions[0] if k == 0 else rows.trained[k]])
+
+        step_weights = _step_weights(ttt_steps, ttt_step_loss_decay, ids_T.device)
+        total = step_weights @ trained_PT.sum(dim=1).double()
+        scales = step_weights / total.clamp(min=torch.finfo(torch.float32).tiny)
+        labels = [head_targets(ids_T, at_N, k) for k, at_N in enumerate(rows.trained_positions)]
+        heads = [
+            HeadRows(
+                outputs[k],
+                self.lm_head.weight,
+                self._draft_labels(labels[k]),
+                scales[k].to(outputs[k].dtype).expand(len(at_N)),
+                torch.searchsorted(rows.trained_positions[0], at_N + k),
+            )
+            for k, at_N in enumerate(rows.trained_positions)
+        ]
+        target_head = None
+        if objective.needs_target:
+            assert verifier_lm_head_weight is not None, "an objective against the target needs its vocabulary matrix"
+            ids = self.draft_ids
+            target_head = TargetHead(verifier_lm_head_weight if ids is None else verifier_lm_head_weight[ids])
+        target_states = verifier_last_hidden_states[0, rows.trained_positions[0] + 1]
+        result = soft_target_loss(heads, target_states, target_head, objective)
+        return outputs, result.loss, self._metrics(result, labels, trained_PT, total)
+
+    # The layers, for training and for decoding
+
+    def fuse(self, aux_hidden_states: Tensor) -> Tensor:
+        """[..., H] from the base's states [..., A * H]."""
+        if self.input_norm is not None:
+            aux_hidden_states = self.input_norm(aux_hidden_states)
+        if self.fc_norm is not None:
+            parts = aux_hidden_states.chunk(len(self.fc_norm), dim=-1)
+            aux_hidden_states = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(aux_hidden_states)
+
+    def step(self, embeds: Tensor, hidden: Tensor, position_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """One step on entries [B, N, H] at `position_ids` [B, N]: the state to go on from, and what `lm_head` reads."""
+        kwargs = {
+            "position_embeddings": self._make_rotary(hidden.device)(hidden, position_ids),
+            "attention_mask": None,
+            "attend": attend,
+        }
+        hidden = torch.cat([embeds, hidden], dim=-1)
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)
+        normed = self.norm(hidden)
+        return normed if self.config.norm_output else hidden, normed
+
+    def target_logits(self, outputs: Tensor) -> Tensor:
+        """Logits over the target's vocabulary [..., V], -inf where a token cannot be drafted."""
+        logits = self.lm_head(outputs)
+        if self.draft_ids is None:
+            return logits
+        full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
+        full[..., self.draft_ids] = logits
+        return full
+
+    # Details of the training-time test
+
+    def _trained(
+        self, ids_T: Tensor, loss_mask_T: Tensor, offsets: Tensor, ttt_steps: int, objective: Objective
+    ) -> Tensor:
+        """[ttt_steps, T], bool: where each step trains."""
+        if self.t2d is not None and objective.weights.get("ce"):
+            loss_mask_T = loss_mask_T * self.t2d[ids_T]
+        return trained_positions(loss_mask_T, offsets, ttt_steps)
+
+    def _draft_labels(self, labels_N: Tensor) -> Tensor:
+        """Ids in the draft vocabulary; 0 for a token that is not in it, whose row has soft targets only."""
+        if self.t2d is None:
+            return labels_N
+        return torch.where(self.t2d[labels_N], (self.t2d.cumsum(0) - 1)[labels_N], 0)
+
+    def _metrics(
+        self, result: SoftTargetsOutput, labels: list[Tensor], trained_PT: Tensor, total: Tensor
+    ) -> dict[str, Tensor]:
+        metrics = {"loss": (result.loss.detach() * total, total)}
+        correct = []
+        for k, labels_N in enumerate(labels):
+            count = torch.tensor(float(len(labels_N)))
+            can_N = torch.ones_like(labels_N, dtype=torch.bool) if self.t2d is None else self.t2d[labels_N]
+            correct.append(result.correct[k] & can_N)
+            metrics[f"loss_{k}"] = (result.row_losses[k].sum(), count)
+            metrics[f"cross_entropy_{k}"] = ((result.cross_entropies[k] * can_N).sum(), can_N.sum())
+            metrics[f"overlap_{k}"] = (result.overlaps[k].sum(), count)
+            metrics[f"full_acc_{k}"] = (correct[k].sum(), count)
+        correct_PT = torch.zeros_like(trained_PT).masked_scatter_(trained_PT, torch.cat(correct))
+        accepted_T = correct_PT.long().cumprod(dim=0).sum(dim=0) + trained_PT[0]
+        metrics["acceptance_length"] = (accepted_T[trained_PT[0]].sum(), trained_PT[0].sum())
+        named = {f"{name}_sum": pair[0] for name, pair in metrics.items()}
+        named |= {f"{name}_total": pair[1] for name, pair in metrics.items()}
+        return {name: value.detach().float() for name, value in named.items()}
+
+
+def _offsets(document_ids_T: Tensor) -> Tensor:
+    """[B + 1], where each sequence starts and the last one ends."""
+    starts = (document_ids_T.diff() != 0).nonzero().squeeze(1) + 1
+    end = starts.new_full((1,), document_ids_T.shape[0])
+    return torch.cat([starts.new_zeros(1), starts, end])
+
+
+def _step_weights(ttt_steps: int, decay: float, device: torch.device) -> Tensor:
+    return decay ** torch.arange(ttt_steps, dtype=torch.float64, device=device)
+
+
+def _read_t2d(path: str) -> Tensor:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise MissingFileError(f"draft_vocab_path: there is no file {path!r}")
+    numpy: Any = importlib.import_module("numpy")
+    try:
+        return torch.from_numpy(numpy.load(file)).bool()
+    except (ValueError, TypeError, OSError) as error:
+        raise ConfigError(f"draft_vocab_path: {path!r} is no .npy file of booleans ({error})") from error
