@@ -1,5 +1,6 @@
 # make demo   sets up, trains and measures a speculator on real text, shows the result
 # make test   sets up, checks the code and passes every test
+# make docs   builds the guides and the references as a site, build/docs/index.html
 # A Python 3.11 or 3.12 is looked for; name another one with PYTHON=...
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
@@ -33,7 +34,7 @@ ONE_AFTER_THE_OTHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync=tar
 
 UV_PIP := $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints.txt
 
-.PHONY: help setup demo test test-integration test-vllm test-megatron check format clean
+.PHONY: help setup demo test test-integration test-vllm test-megatron check docs format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -83,6 +84,14 @@ test-vllm: $(VLLM_VENV)/.ready
 
 test-megatron: $(MEGATRON_VENV)/.ready
 	OMP_NUM_THREADS=1 $(MEGATRON_VENV)/bin/python -m pytest $(MEGATRON_TESTS)
+
+$(VENV)/.docs: $(VENV)/.ready
+	VIRTUAL_ENV=$(VENV) $(UV_PIP) --editable '.[dev,docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open build/docs/index.html in a browser."
 
 format: setup
 	$(BIN)/ruff check --fix .

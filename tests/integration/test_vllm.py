@@ -21,6 +21,8 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import REPOSITORY
+from verl_speculator.errors import ConfigError
+from verl_speculator.serving.options import check_options, read_options
 
 pytestmark = [
     pytest.mark.slow,
@@ -172,6 +174,35 @@ def exact_distribution(world: Path, prompt: list[int]) -> dict[tuple[int, ...], 
 )
 def test_mistake_ends_in_one_sentence(case: str, sentence: str, report) -> None:
     assert sentence in report["errors"][case]
+
+
+def test_no_option_of_vllm_brings_another_speculator(monkeypatch, capsys) -> None:
+    """All beginnings of names that could mean the speculative configuration, plain and dotted, as vLLM reads them."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser())
+    ours = {"model": "ours"}
+    names = {name for action in parser._actions for name in action.option_strings if name.lstrip("-")[0] == "s"}
+    assert {"--speculative-config", "-sc", "--spec-method", "--specialize-active-lora"} <= names
+    spellings = {name[:length] for name in names for length in range(2, len(name) + 1)} - {"--"}
+    replaced, refused = set(), set()
+    for name, (key, value) in product(sorted(spellings), (("", '{"method": "ngram"}'), (".method", "ngram"))):
+        given = [name + key, value]
+        try:
+            check_options(read_options(given))
+        except ConfigError:
+            refused.add(name + key)
+        try:
+            parsed = parser.parse_args(["--speculative-config", json.dumps(ours), *given])
+        except (SystemExit, ValueError):
+            continue  # vLLM refuses it itself
+        if parsed.speculative_config != ours or parsed.spec_method or parsed.spec_model or parsed.spec_tokens:
+            replaced.add(name + key)
+    assert {"--speculative-config.method", "-sc.method", "-s", "--speculative", "--spec-mo"} <= replaced
+    assert replaced <= refused
+    assert not {name for name in refused if name.startswith("--specialize")}
 
 
 @pytest.fixture(scope="module")
