@@ -1,4 +1,4 @@
-"""verl on machines without an accelerator: a platform named ``cpu`` over gloo.
+"""verl on machines without an accelerator: a platform named `cpu` over gloo.
 
 Checked on verl 0.9.1. verl picks the platform by asking each registered one whether it is available, in the order of
 registration; ours comes last, so an accelerator always wins, and ``VERL_PLATFORM`` overrides the choice as usual.
@@ -35,7 +35,7 @@ def _peak_resident_bytes(*args: Any, **kwargs: Any) -> int:
 
 
 class _CpuDeviceModule(ModuleType):
-    """``torch.cpu`` with the functions of ``torch.cuda`` that verl calls on any device."""
+    """`torch.cpu` with the functions of `torch.cuda` that verl calls on any device."""
 
     memory_allocated = staticmethod(_no_bytes)
     memory_reserved = staticmethod(_no_bytes)
@@ -72,7 +72,7 @@ _DEVICE_MODULE = _CpuDeviceModule("verl_speculator.platforms.cpu.device")
 
 
 class CpuPlatform(PlatformBase):
-    """One logical device per process. Ray workers take a logical ``GPU`` each, which :func:`ray_init_args` declares."""
+    """One logical device per process. Ray workers take a logical `GPU` each, which `ray_init_args` declares."""
 
     device_name = PLATFORM_NAME
     vendor_name = PLATFORM_NAME
@@ -157,7 +157,7 @@ def enable_verl_engines() -> None:
 
 
 def init_process_group(timeout_s: int = 36000) -> None:
-    """Initialise gloo from torchrun's or Ray's variables; verl itself would ask for ``cpu:gloo,cpu:gloo`` and fail."""
+    """Initialise gloo from torchrun's or Ray's variables; verl itself would ask for `cpu:gloo,cpu:gloo` and fail."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
             "gloo",
