@@ -156,6 +156,8 @@ def check_sequence_parallel_layout(output: Path) -> None:
     loss = (gathered.pow(3).sum(-1) * share_of_targets(mask, rank, size)).sum()
     loss.backward()
     expected = torch.cat([3 * whole.pow(2), whole.new_zeros(pad, 4)]).chunk(size)[rank]
+    if not engine.is_base_frozen:
+        state["moved"] = largest_updates(engine, rank_batch(rows, config, engine))
     total = loss.detach().clone()
     dist.all_reduce(total)
     shares = torch.stack([share_of_targets(mask, other, size) for other in range(size)])
@@ -171,6 +173,26 @@ def main() -> None:
     cpu.init_process_group()
     output = Path(sys.argv[2])
     for case in json.loads(Path(sys.argv[1]).read_text()):
+def largest_updates(engine, batch) -> dict[str, float]:
+    """How far a step moves any weight: Adam's first step is the learning rate, whatever the gradient."""
+    parts = {"base": modules(engine), "speculator": [engine.speculator_unit]}
+    parameters = {name: [p for module in part for p in module.parameters()] for name, part in parts.items()}
+    before = {name: [local(p).detach().clone() for p in own] for name, own in parameters.items()}
+    with engine.train_mode():
+        engine.train_batch(batch, base_loss)
+    moved = {}
+    for name, own in parameters.items():
+        differences = [local(p).detach() - old for p, old in zip(own, before[name], strict=True)]
+        largest = torch.stack([part.abs().max() for part in differences if part.numel()]).max()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        moved[name] = largest.item()
+    return moved
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
         run_case(case, output)
     check_sequence_parallel_layout(output)
     dist.destroy_process_group()

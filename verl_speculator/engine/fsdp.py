@@ -5,6 +5,7 @@ verl wraps the base model as ever; the speculator is an FSDP2 unit on the same m
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +32,8 @@ from verl_speculator.engine.hidden_states import (
     replace_lm_head,
 )
 from verl_speculator.engine.model_config import MODEL_TYPE
+from verl_speculator.engine.optimizer_config import adam_arguments, base_lr
+from verl_speculator.engine.packed_attention import attend_by_sequence
 from verl_speculator.engine.sequence_parallel import gather_sequence
 from verl_speculator.engine.speculator_engine import SpeculatorEngine, full_norm
 from verl_speculator.engine.target_head import FrozenHead, full_head_weight, why_not_plain
@@ -81,8 +84,13 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         if not self.is_base_frozen:
             base = [parameter for parameter in module.parameters() if parameter.requires_grad]
             groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-            params = [{"params": base}, *groups]
-        return build_optimizer(params, self.optimizer_config)
+            # verl reports the first group's learning rate, which is to be the speculator's.
+            params = [*groups, {"params": base, "lr": base_lr(self.optimizer_config)}]
+        config = self.optimizer_config
+        if config.optimizer_impl == "torch.optim" and config.optimizer in ("Adam", "AdamW"):
+            given = config.override_optimizer_config or {}
+            config = dataclasses.replace(config, override_optimizer_config={**adam_arguments(), **given})
+        return build_optimizer(params, config)
 
     def _base_modules(self) -> list[nn.Module]:
         return [self.module]
@@ -204,4 +212,4 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         return trained, self.optimizer, self.lr_scheduler, base
 
     def _save_base(self, folder: Path) -> None:
-        save_base_model(folder, self.module, self.model_config)
+        save_base_model(folder, self.module, self.model_config, self._base_dtype)

@@ -22,18 +22,20 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 
 from verl_speculator.adapters import AdapterNeeds, SpeculatorAdapter, build_speculator_adapter
+from verl_speculator.checkpoint.layout import BASE_FOLDER
 from verl_speculator.checkpoint.training_state import (
     load_speculator,
     load_training_state,
     save_speculator,
     save_training_state,
 )
+from verl_speculator.engine.base_export import base_dtype
 from verl_speculator.engine.hidden_states import SeenStates
 from verl_speculator.engine.sequence_parallel import share_of_sequences, share_of_targets
 from verl_speculator.engine.speculator_unit import SpeculatorUnit, build_speculator, shard
 from verl_speculator.engine.step_sums import StepSums
 from verl_speculator.engine.target_head import FrozenHead
-from verl_speculator.errors import ConfigError
+from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.losses import PackedHiddenStates
 from verl_speculator.models.serialization import PREFIX
 
@@ -63,6 +65,14 @@ class SpeculatorEngine(BaseEngine):
     _sums: StepSums
     _target_weight: Tensor | None = None
 
+    # As it was published; in joint training it may train in another one.
+    _base_dtype: torch.dtype | None
+
+    def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None:
+        if cpu.is_active():
+            cpu.keep_freed_memory()
+        super().__init__(model_config, *args, **kwargs)
+        self._base_dtype = base_dtype(model_config.hf_config)
     @property
     def is_base_frozen(self) -> bool:
         return self.model_config.freeze_base_model
@@ -245,7 +255,12 @@ class SpeculatorEngine(BaseEngine):
     def load_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False, **kwargs: Any
     ) -> None:
-        """Undo `save_checkpoint`; every rank must call it."""
+        """Undo `save_checkpoint`; every rank must call it.
+
+        Raises:
+            CheckpointError: it is damaged, or was written with a base that trained where this one is frozen or the
+                other way round.
+        """
         folder = Path(local_path)
         load_speculator(folder, self.speculator_unit, PREFIX)
         load_training_state(folder, *self._training_state())
@@ -259,6 +274,12 @@ def _position_ids(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=input_ids.shape[0])
     return torch.arange(input_ids.shape[0], device=input_ids.device) - starts_T.to(input_ids.device)
 
+        if self.is_base_frozen and (folder / BASE_FOLDER).is_dir():
+            raise CheckpointError(
+                f"{folder} was written with model.freeze_base_model=false, and its speculator follows the base that "
+                f"trained with it: go on with that, or freeze the trained base with model.path={folder / BASE_FOLDER} "
+                f"model.speculator_path={folder} and another trainer.default_local_dir"
+            )
 
 def full_norm(norm: Tensor) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -123,6 +123,7 @@ _PositiveInt = Annotated[int, Field(gt=0), _must_be("a positive integer")]
 _PositiveIntOrNull = Annotated[_PositiveInt | None, _must_be("null or a positive integer")]
 _IntFrom0 = Annotated[int, Field(ge=0), _must_be("0 or a positive integer")]
 _Positive = Annotated[int | float, Field(gt=0, lt=math.inf), _must_be("a positive number")]
+_PositiveOrNull = Annotated[_Positive | None, _must_be("null or a positive number")]
 _From0 = Annotated[int | float, Field(ge=0, lt=math.inf), _must_be("0 or a positive number")]
 _Frequency = Annotated[int | Literal["after_each_epoch"], _must_be("an integer or after_each_epoch")]
 _NumberType = Annotated[str | None, _one_of(None, "bf16", "fp32")]
@@ -189,6 +190,7 @@ class _Optim(_Section):
     lr: _Positive
     clip_grad: _Positive
 
+    base_lr: _PositiveOrNull
 
 class _Engine(_Section):
     forward_only: Annotated[bool, _one_of(False, why="use trainer.val_only=true to evaluate only")]
@@ -203,6 +205,12 @@ class _Run(_Section):
 
 
 class _FsdpEngine(_Engine):
+    @model_validator(mode="after")
+    def _only_a_base_that_trains_has_a_learning_rate(self) -> Self:
+        if self.optim.base_lr is not None and self.model.freeze_base_model:
+            raise ConfigError("optim.base_lr has no meaning while model.freeze_base_model=true: leave it out")
+        return self
+
     strategy: Annotated[str, _one_of("fsdp2", "fsdp", why="give engine=megatron optim=megatron to train on Megatron")]
     ulysses_sequence_parallel_size: _PositiveInt
     param_dtype: Annotated[

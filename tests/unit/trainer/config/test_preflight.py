@@ -380,6 +380,7 @@ def test_save_path_not_writable(refused, tmp_path, place) -> None:
         ("optim.lr=0", "a positive number"),
         ("optim.lr=fast", "a positive number"),
         ("optim.clip_grad=null", "a positive number"),
+        ("optim.base_lr=0", "null or a positive number"),
         ("model.speculator_loss_coeff=-1", "0 or a positive number"),
         ("model.freeze_base_model=1", "true or false"),
         ("trainer.total_epochs=0", "a positive integer"),
@@ -405,6 +406,11 @@ def test_values(refused, override, right) -> None:
 
 def test_batches_and_processes(refused, check) -> None:
     assert "must be divisible by the 3 data-parallel ranks" in refused(world_size=3)
+def test_a_frozen_base_has_no_learning_rate(refused, check) -> None:
+    assert refused("optim.base_lr=1e-5").startswith("optim.base_lr has no meaning while model.freeze_base_model=true")
+    check("optim.base_lr=1e-5", "model.freeze_base_model=false")
+
+
     fixed = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=3"]
     assert "gives 16 rows a rank, which data.micro_batch_size_per_gpu=3 must divide" in refused(*fixed)
     assert "must not exceed data.max_token_len_per_gpu=64" in refused("data.max_token_len_per_gpu=64")
