@@ -28,6 +28,7 @@ from verl_speculator.engine.step_sums import SUMS_KEY
 from verl_speculator.platforms import cpu, megatron_cpu
 from verl_speculator.trainer.config.compose import load_config
 from verl_speculator.trainer.config.devices import apply_device
+from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.sft_trainer import base_loss
 from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 
@@ -107,7 +108,13 @@ def speculator_optimizer(engine) -> torch.optim.Optimizer:
 
 
 def run_case(case: dict, output: Path) -> None:
-    worker, config = build_worker(case["overrides"])
+    try:
+        worker, config = build_worker(case["overrides"])
+    except ConfigError as error:
+        if dist.get_rank() == 0:
+            (output / f"{case['name']}.json").write_text(json.dumps({"refused": str(error)}))
+        forget_megatron_layout()
+        return
     engine = worker.engine
     rows = torch.load(case["batch"], weights_only=True)
     batch = rank_batch(rows, config, engine)

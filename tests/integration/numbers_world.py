@@ -89,6 +89,8 @@ def write_world(folder: Path) -> dict[str, Path]:
     write_base_model(folder / "qwen2", family="qwen2", tie=True)
     write_base_model(folder / "qwen3", family="qwen3", tie=True, seed=1)
     write_base_model(folder / "llama_untied", family="llama", tie=False, seed=2)
+    write_base_model(folder / "llama_tied", family="llama", tie=True, seed=3)
+    write_base_model(folder / "gemma2", family="gemma2", tie=True, seed=4)
     make_speculators(folder)
     return {path.name: path for path in folder.iterdir()}
 

@@ -169,3 +169,10 @@ class MegatronEngineWithLMHeadAndSpeculator(MegatronSpeculatorStep):
 
     def _load_base(self, folder: Path) -> None:
         load_base(folder, self)
+
+
+def _maps_tied(bridge: Any) -> bool:
+    # Not installed where Megatron-Bridge reads the models.
+    from mbridge.core.bridge import Bridge
+
+    return type(bridge)._adjust_mapping_for_shared_weights is not Bridge._adjust_mapping_for_shared_weights
