@@ -59,6 +59,10 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         self._compute_dtype = PrecisionType.to_dtype(
             self.model_config.speculator_dtype or precision.get("param_dtype", "bf16")
         )
+        if self.use_remove_padding and self.model_config.attend_by_sequence:
+            attention = attend_by_sequence(module)
+            if torch.distributed.get_rank() == 0:
+                print(attention)
         head = output_embeddings(module)
         self._build_speculator(module, self._why_no_target_weight_of(head))
         if self._needs_frozen_head:

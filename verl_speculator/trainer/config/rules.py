@@ -166,6 +166,8 @@ class _Model(_Section):
     speculator_loss_coeff: _From0
     freeze_base_model: _Bool
     detach_hidden_states: _Bool
+    gather_speculator_once: _Bool
+    attend_by_sequence: _Bool
     use_remove_padding: _Bool
     use_fused_kernels: Annotated[bool, _one_of(False, why="fused kernels hide the hidden states that are needed")]
     lora_rank: Annotated[int, _one_of(0, why=_NO_LORA)]
