@@ -8,7 +8,9 @@ usage: torchrun --nproc_per_node=N engine_cases.py CASES.json OUTPUT_FOLDER
 from __future__ import annotations
 
 import json
+import resource
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
@@ -25,10 +28,10 @@ from tests.integration.megatron_layout import forget_megatron_layout
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.sequence_parallel import gather_sequence, share_of_targets
 from verl_speculator.engine.step_sums import SUMS_KEY
+from verl_speculator.errors import ConfigError
 from verl_speculator.platforms import cpu, megatron_cpu
 from verl_speculator.trainer.config.compose import load_config
 from verl_speculator.trainer.config.devices import apply_device
-from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.sft_trainer import base_loss
 from verl_speculator.trainer.worker import SpeculatorTrainingWorker
 
@@ -99,6 +102,19 @@ def base_gradients(engine) -> Iterator[tuple[str, torch.Tensor]]:
         parameter.data = weight
 
 
+class Collectives(TorchDispatchMode):
+    """How often each collective was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def modules(engine) -> list[torch.nn.Module]:
     return engine.module if isinstance(engine.module, list) else [engine.module]
 
@@ -120,11 +136,14 @@ def run_case(case: dict, output: Path) -> None:
     batch = rank_batch(rows, config, engine)
     with engine.train_mode():
         engine.optimizer_zero_grad()
-        out = engine.forward_backward_batch(batch, base_loss)
+        with Collectives() as collectives:
+            out = engine.forward_backward_batch(batch, base_loss)
         grads = gradients(engine)
         named = [named for module in modules(engine) for named in module.named_parameters()]
         state = {
             "loss": out["loss"][0],
+            "ranks": dist.get_world_size(),
+            "collectives": collectives.counts,
             "sums": out["metrics"][SUMS_KEY],
             "training": any(module.training for module in modules(engine)),
             "base_grads": [name for name, parameter in named if parameter.grad is not None],
@@ -137,6 +156,8 @@ def run_case(case: dict, output: Path) -> None:
         batch = rank_batch(rows, config, engine)
         out = engine.forward_backward_batch(batch, base_loss, forward_only=True)
         state["eval_loss"], state["eval_sums"] = out["loss"][0], out["metrics"][SUMS_KEY]
+    if not engine.is_base_frozen:
+        state["moved"] = largest_updates(engine, rank_batch(rows, config, engine))
     if "steps" in case:
         state["steps"] = [train_step(engine, config, rows) for rows in torch.load(case["steps"], weights_only=True)]
     if dist.get_rank() == 0:
@@ -152,34 +173,6 @@ def train_step(engine, config, rows: list) -> dict[str, float]:
     return out["metrics"][SUMS_KEY]
 
 
-def check_sequence_parallel_layout(output: Path) -> None:
-    """Slices of a packed sequence, gathered; each rank then has the loss of its own share of the positions."""
-    rank, size, pad = dist.get_rank(), dist.get_world_size(), 1
-    whole = torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
-    padded = torch.cat([whole, whole.new_zeros(pad, 4)])
-    shard = padded.chunk(size)[rank].clone().requires_grad_()
-    gathered = gather_sequence(shard, None, pad)
-    mask = torch.ones(11)
-    loss = (gathered.pow(3).sum(-1) * share_of_targets(mask, rank, size)).sum()
-    loss.backward()
-    expected = torch.cat([3 * whole.pow(2), whole.new_zeros(pad, 4)]).chunk(size)[rank]
-    if not engine.is_base_frozen:
-        state["moved"] = largest_updates(engine, rank_batch(rows, config, engine))
-    total = loss.detach().clone()
-    dist.all_reduce(total)
-    shares = torch.stack([share_of_targets(mask, other, size) for other in range(size)])
-    torch.testing.assert_close(gathered, whole)
-    torch.testing.assert_close(shard.grad, expected)
-    torch.testing.assert_close(total, whole.pow(3).sum())
-    torch.testing.assert_close(shares.sum(0), mask)
-    if rank == 0:
-        (output / "sequence_parallel.json").write_text(json.dumps({"ranks": size}))
-
-
-def main() -> None:
-    cpu.init_process_group()
-    output = Path(sys.argv[2])
-    for case in json.loads(Path(sys.argv[1]).read_text()):
 def largest_updates(engine, batch) -> dict[str, float]:
     """How far a step moves any weight: Adam's first step is the learning rate, whatever the gradient."""
     parts = {"base": modules(engine), "speculator": [engine.speculator_unit]}
@@ -200,8 +193,45 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def check_sequence_parallel_layout(output: Path) -> None:
+    """Slices of a packed sequence, gathered; each rank then has the loss of its own share of the positions."""
+    rank, size, pad = dist.get_rank(), dist.get_world_size(), 1
+    whole = torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([whole, whole.new_zeros(pad, 4)])
+    shard = padded.chunk(size)[rank].clone().requires_grad_()
+    gathered = gather_sequence(shard, None, pad)
+    mask = torch.ones(11)
+    loss = (gathered.pow(3).sum(-1) * share_of_targets(mask, rank, size)).sum()
+    loss.backward()
+    expected = torch.cat([3 * whole.pow(2), whole.new_zeros(pad, 4)]).chunk(size)[rank]
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    shares = torch.stack([share_of_targets(mask, other, size) for other in range(size)])
+    torch.testing.assert_close(gathered, whole)
+    torch.testing.assert_close(shard.grad, expected)
+    torch.testing.assert_close(total, whole.pow(3).sum())
+    torch.testing.assert_close(shares.sum(0), mask)
+    if rank == 0:
+        (output / "sequence_parallel.json").write_text(json.dumps({"ranks": size}))
+
+
+def page_faults_of_large_buffers() -> int:
+    """Of ten of 64 MiB, each freed before the next; new memory is 16,384 pages every time."""
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def main() -> None:
+    cpu.init_process_group()
+    output = Path(sys.argv[2])
+    for case in json.loads(Path(sys.argv[1]).read_text()):
         run_case(case, output)
     check_sequence_parallel_layout(output)
+    if dist.get_rank() == 0:
+        (output / "memory.json").write_text(json.dumps({"page_faults": page_faults_of_large_buffers()}))
     dist.destroy_process_group()
 
 

@@ -147,8 +147,6 @@ def check_acceptance(case: Case, world: dict[str, Path], results: Path) -> None:
         assert sums[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
 
 
-def check_bfloat16(case: Case, world: dict[str, Path], results: Path) -> None:
-    state = read_state(results, case)
 def check_learning_rates(case: Case, results: Path) -> None:
     """The base moves by its own learning rate: given, or a tenth of the speculator's."""
     given = [float(key.partition("=")[2]) for key in case.overrides if key.startswith("optim.base_lr=")]
@@ -157,6 +155,8 @@ def check_learning_rates(case: Case, results: Path) -> None:
     assert moved["base"] == pytest.approx(given[0] if given else 2e-4, rel=1e-2)
 
 
+def check_bfloat16(case: Case, world: dict[str, Path], results: Path) -> None:
+    state = read_state(results, case)
     plain = PlainTraining(world[case.base], world[case.speculator])
     loss = plain.speculator_loss(make_rows(), detach=True)
     loss.backward()

@@ -110,6 +110,8 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         self._begin_step(data)
         with self._target_weight_gathered(forward_only):
             super().forward_backward_batch(data, loss_function, forward_only)
+        # A forward pass without a backward one leaves it gathered.
+        cast(FSDPModule, self.speculator_unit).reshard()
         return self._sums.output(data, self.model_config.speculator_loss_coeff)
 
     def forward_step(
@@ -171,14 +173,11 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
 
     @contextmanager
     def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Iterator[None]:
-        defer = self.engine_config.use_no_sync_for_gradient_accumulation and not is_last_micro_batch
-        base = (
-            nullcontext()
-            if self.is_base_frozen
-            else super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch)
-        )
-        cast(FSDPModule, self.speculator_unit).set_requires_gradient_sync(not defer)
-        with base:
+        self._gather_for(is_last=is_last_micro_batch)
+        if self.is_base_frozen:
+            yield
+            return
+        with super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch):
             yield
 
     def optimizer_step(self) -> float:

@@ -11,12 +11,12 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
@@ -38,6 +38,7 @@ from verl_speculator.engine.target_head import FrozenHead
 from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.losses import PackedHiddenStates
 from verl_speculator.models.serialization import PREFIX
+from verl_speculator.platforms import cpu
 
 
 class SpeculatorEngine(BaseEngine):
@@ -64,7 +65,6 @@ class SpeculatorEngine(BaseEngine):
     _why_no_target_weight: str | None
     _sums: StepSums
     _target_weight: Tensor | None = None
-
     # As it was published; in joint training it may train in another one.
     _base_dtype: torch.dtype | None
 
@@ -73,6 +73,7 @@ class SpeculatorEngine(BaseEngine):
             cpu.keep_freed_memory()
         super().__init__(model_config, *args, **kwargs)
         self._base_dtype = base_dtype(model_config.hf_config)
+
     @property
     def is_base_frozen(self) -> bool:
         return self.model_config.freeze_base_model
@@ -234,6 +235,17 @@ class SpeculatorEngine(BaseEngine):
         trained = by_sequences if self._needs.whole_sequences else by_targets
         return self.speculator_unit(trained, by_sequences) if forward_only else self.speculator_unit(trained)
 
+    def _gather_for(self, *, is_last: bool) -> None:
+        """Say before a micro-batch whether it is the step's last one.
+
+        Unless `model.gather_speculator_once` is off, the unit stays gathered until then, and its gradients are added up
+        on each rank and reduced once.
+        """
+        unit = cast(FSDPModule, self.speculator_unit)
+        release = is_last or not self.model_config.gather_speculator_once
+        unit.set_reshard_after_backward(release)
+        unit.set_requires_gradient_sync(release)
+
     # Checkpoints: only what trains, in the layout of `verl_speculator.checkpoint.layout`
 
     def save_checkpoint(
@@ -262,6 +274,12 @@ class SpeculatorEngine(BaseEngine):
                 other way round.
         """
         folder = Path(local_path)
+        if self.is_base_frozen and (folder / BASE_FOLDER).is_dir():
+            raise CheckpointError(
+                f"{folder} was written with model.freeze_base_model=false, and its speculator follows the base that "
+                f"trained with it: go on with that, or freeze the trained base with model.path={folder / BASE_FOLDER} "
+                f"model.speculator_path={folder} and another trainer.default_local_dir"
+            )
         load_speculator(folder, self.speculator_unit, PREFIX)
         load_training_state(folder, *self._training_state())
         if not self.is_base_frozen:
@@ -274,12 +292,6 @@ def _position_ids(input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff(), output_size=input_ids.shape[0])
     return torch.arange(input_ids.shape[0], device=input_ids.device) - starts_T.to(input_ids.device)
 
-        if self.is_base_frozen and (folder / BASE_FOLDER).is_dir():
-            raise CheckpointError(
-                f"{folder} was written with model.freeze_base_model=false, and its speculator follows the base that "
-                f"trained with it: go on with that, or freeze the trained base with model.path={folder / BASE_FOLDER} "
-                f"model.speculator_path={folder} and another trainer.default_local_dir"
-            )
 
 def full_norm(norm: Tensor) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

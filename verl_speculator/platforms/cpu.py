@@ -1,12 +1,13 @@
 """verl on machines without an accelerator: a platform named `cpu` over gloo.
 
 Checked on verl 0.9.1. verl picks the platform by asking each registered one whether it is available, in the order of
-registration; ours comes last, so an accelerator always wins, and ``VERL_PLATFORM`` overrides the choice as usual.
-This module runs inside ``import verl`` (entry point group ``verl.plugins``) and so may import nothing heavy of verl.
+registration; ours comes last, so an accelerator always wins, and `VERL_PLATFORM` overrides the choice as usual.
+This module runs inside `import verl` (entry point group `verl.plugins`) and so may import nothing heavy of verl.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from collections.abc import Iterator
@@ -156,6 +157,19 @@ def enable_verl_engines() -> None:
         )
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep large buffers that torch frees, for the next one; elsewhere nothing happens.
+
+    By default it gives every buffer above some size back to the system at once, and takes a new one, zeroed page by
+    page, for the next result: a tenth of a training step. The process then stays as large as it once was.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # M_MMAP_MAX: no buffers outside of the heap. M_TRIM_THRESHOLD: the heap is never cut back.
+        mallopt(-4, 0)
+        mallopt(-1, -1)
+
+
 def init_process_group(timeout_s: int = 36000) -> None:
     """Initialise gloo from torchrun's or Ray's variables; verl itself would ask for `cpu:gloo,cpu:gloo` and fail."""
     if not torch.distributed.is_initialized():
@@ -169,5 +183,5 @@ def init_process_group(timeout_s: int = 36000) -> None:
 
 
 def ray_init_args(num_workers: int) -> dict[str, Any]:
-    """Arguments for ``ray.init`` on one machine: a logical GPU for each worker, and CPUs to schedule them on."""
+    """Arguments for `ray.init` on one machine: a logical GPU for each worker, and CPUs to schedule them on."""
     return {"num_gpus": num_workers, "num_cpus": max(os.cpu_count() or 1, num_workers + 1)}

@@ -74,19 +74,20 @@ class MegatronEngineWithLMHeadAndSpeculator(MegatronSpeculatorStep):
             lr=self.optimizer_config.lr,
             betas=tuple(self.optimizer_config.betas),
             weight_decay=self.optimizer_config.weight_decay,
+            **adam_arguments(),
         )
         self.speculator_scheduler = get_megatron_optimizer_param_scheduler(
             self.speculator_optimizer, self.optimizer_config
         )
 
     def _build_tf_config(self) -> None:
-        try:
         hf_config = self.model_config.hf_config
         if hf_config.get_text_config() is not hf_config:
             raise ConfigError(
                 f"model.path: a {hf_config.model_type} model has several modalities, and with engine=megatron a "
                 "speculator trains on text models: use engine=fsdp optim=fsdp"
             )
+        try:
             super()._build_tf_config()
         except ValueError as error:
             if "Unregistered model type" not in str(error):
@@ -95,7 +96,6 @@ class MegatronEngineWithLMHeadAndSpeculator(MegatronSpeculatorStep):
                 f"model.path: mbridge cannot bring a {hf_config.model_type} model to Megatron: "
                 "use engine=fsdp optim=fsdp"
             ) from error
-
         pipeline_size = self.engine_config.pipeline_model_parallel_size
         # Only some of mbridge's classes know where to find an output layer that has no weights of its own in the file.
         if pipeline_size > 1 and hf_config.tie_word_embeddings and self.vanilla_bridge and not _maps_tied(self.bridge):
@@ -124,6 +124,7 @@ class MegatronEngineWithLMHeadAndSpeculator(MegatronSpeculatorStep):
             yield
         finally:
             self.optimizer_config = own
+
     def _base_modules(self) -> list[nn.Module]:
         return self.module
 

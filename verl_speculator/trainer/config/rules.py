@@ -190,9 +190,9 @@ class _Trainer(_Section):
 
 class _Optim(_Section):
     lr: _Positive
+    base_lr: _PositiveOrNull
     clip_grad: _Positive
 
-    base_lr: _PositiveOrNull
 
 class _Engine(_Section):
     forward_only: Annotated[bool, _one_of(False, why="use trainer.val_only=true to evaluate only")]
@@ -205,14 +205,14 @@ class _Run(_Section):
     engine: _Engine
     optim: _Optim
 
-
-class _FsdpEngine(_Engine):
     @model_validator(mode="after")
     def _only_a_base_that_trains_has_a_learning_rate(self) -> Self:
         if self.optim.base_lr is not None and self.model.freeze_base_model:
             raise ConfigError("optim.base_lr has no meaning while model.freeze_base_model=true: leave it out")
         return self
 
+
+class _FsdpEngine(_Engine):
     strategy: Annotated[str, _one_of("fsdp2", "fsdp", why="give engine=megatron optim=megatron to train on Megatron")]
     ulysses_sequence_parallel_size: _PositiveInt
     param_dtype: Annotated[

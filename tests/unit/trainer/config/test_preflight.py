@@ -383,6 +383,8 @@ def test_save_path_not_writable(refused, tmp_path, place) -> None:
         ("optim.base_lr=0", "null or a positive number"),
         ("model.speculator_loss_coeff=-1", "0 or a positive number"),
         ("model.freeze_base_model=1", "true or false"),
+        ("model.gather_speculator_once=sometimes", "true or false"),
+        ("model.attend_by_sequence=1", "true or false"),
         ("trainer.total_epochs=0", "a positive integer"),
         ("trainer.total_training_steps=0", "null or a positive integer"),
         ("trainer.save_freq=often", "an integer or after_each_epoch"),
@@ -404,13 +406,13 @@ def test_values(refused, override, right) -> None:
     assert refused(override).startswith(f"{key} must be {right}")
 
 
-def test_batches_and_processes(refused, check) -> None:
-    assert "must be divisible by the 3 data-parallel ranks" in refused(world_size=3)
 def test_a_frozen_base_has_no_learning_rate(refused, check) -> None:
     assert refused("optim.base_lr=1e-5").startswith("optim.base_lr has no meaning while model.freeze_base_model=true")
     check("optim.base_lr=1e-5", "model.freeze_base_model=false")
 
 
+def test_batches_and_processes(refused, check) -> None:
+    assert "must be divisible by the 3 data-parallel ranks" in refused(world_size=3)
     fixed = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=3"]
     assert "gives 16 rows a rank, which data.micro_batch_size_per_gpu=3 must divide" in refused(*fixed)
     assert "must not exceed data.max_token_len_per_gpu=64" in refused("data.max_token_len_per_gpu=64")
