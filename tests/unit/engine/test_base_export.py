@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GenerationConfig
 
 from verl_speculator.engine.base_export import base_dtype, cast_weights, save_base_model
 from verl_speculator.platforms import cpu
@@ -56,6 +56,23 @@ def test_a_vision_language_model_keeps_its_class(one_process, tmp_path) -> None:
     assert loaded.dtype == torch.bfloat16
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter.bfloat16()), name
+
+
+def test_tied_matrices_are_written_once(one_process, tmp_path) -> None:
+    config = AutoConfig.for_model(
+        "llama", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    config.tie_word_embeddings, config.architectures = True, ["LlamaForCausalLM"]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "published")
+    model_config = SimpleNamespace(
+        hf_config=config, trust_remote_code=False, generation_config=None, get_processor=lambda: None
+    )
+    save_base_model(tmp_path, model, model_config, torch.bfloat16)
+    published, written = (load_file(tmp_path / name / "model.safetensors") for name in ("published", "huggingface"))
+    assert set(written) == set(published)
+    for name, tensor in published.items():
+        assert torch.equal(written[name], tensor.bfloat16()), name
 
 
 def test_the_type_that_a_configuration_names() -> None:
