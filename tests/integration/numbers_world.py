@@ -27,7 +27,7 @@ ONE_ROW = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"]
 TWO_ROWS = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=2"]
 PADDED = ["model.use_remove_padding=false"]
 MLP = "model.speculator_adapter=verl_speculator.adapters.MLPSpeculatorAdapter"
-JOINT = ["model.freeze_base_model=false", "model.speculator_loss_coeff=0.7"]
+JOINT = ["model.freeze_base_model=false", "model.speculator_loss_coeff=0.7", "optim.lr=2e-3", "optim.weight_decay=0"]
 SPECULATOR_LOSS_COEFF = 0.7
 KL, LK = (f"model.speculator.objective={name}" for name in ("kl", "lk"))
 CASES_SCRIPT = Path(__file__).with_name("engine_cases.py")
@@ -89,6 +89,8 @@ def write_world(folder: Path) -> dict[str, Path]:
     write_base_model(folder / "qwen2", family="qwen2", tie=True)
     write_base_model(folder / "qwen3", family="qwen3", tie=True, seed=1)
     write_base_model(folder / "llama_untied", family="llama", tie=False, seed=2)
+    write_base_model(folder / "llama_tied", family="llama", tie=True, seed=3)
+    write_base_model(folder / "gemma2", family="gemma2", tie=True, seed=4)
     make_speculators(folder)
     return {path.name: path for path in folder.iterdir()}
 
@@ -143,6 +145,14 @@ def check_acceptance(case: Case, world: dict[str, Path], results: Path) -> None:
     assert "closed_loop_sampled/rounds" in expected
     for name, value in expected.items():
         assert sums[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+
+
+def check_learning_rates(case: Case, results: Path) -> None:
+    """The base moves by its own learning rate: given, or a tenth of the speculator's."""
+    given = [float(key.partition("=")[2]) for key in case.overrides if key.startswith("optim.base_lr=")]
+    moved = read_state(results, case)["moved"]
+    assert moved["speculator"] == pytest.approx(2e-3, rel=1e-2)
+    assert moved["base"] == pytest.approx(given[0] if given else 2e-4, rel=1e-2)
 
 
 def check_bfloat16(case: Case, world: dict[str, Path], results: Path) -> None:

@@ -19,6 +19,8 @@ class SpeculatorModelConfig(HFModelConfig):
     speculator_path: str | None = None
     speculator_dtype: str | None = None
     speculator_loss_coeff: float = 1.0
+    gather_speculator_once: bool = True
+    attend_by_sequence: bool = True
     freeze_base_model: bool = True
     detach_hidden_states: bool = False
     measure_sampled_acceptance: bool = True
