@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from verl_speculator.checkpoint.layout import BASE_FOLDER
-from verl_speculator.checkpoint.training_state import whole_state_dict
+from verl_speculator.checkpoint.training_state import full_state_dict
 
 
 def save_base_model(folder: Path, module: nn.Module, model_config: Any) -> None:
     """Gather the base model on rank 0 and write it, with its tokenizer, to `huggingface/`."""
-    full = whole_state_dict(module)
+    full = full_state_dict(module)
     if dist.get_rank() != 0:
         return
     with torch.device("meta"):

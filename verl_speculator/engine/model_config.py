@@ -18,6 +18,7 @@ class SpeculatorModelConfig(HFModelConfig):
     speculator_adapter: Any = None
     speculator_path: str | None = None
     speculator_dtype: str | None = None
+    save_pytorch_model_bin: bool = True
     speculator_loss_coeff: float = 1.0
     freeze_base_model: bool = True
     detach_hidden_states: bool = False

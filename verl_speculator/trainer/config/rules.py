@@ -164,6 +164,7 @@ class _Model(_Section):
     speculator_dtype: _NumberType
     speculator_loss_coeff: _From0
     freeze_base_model: _Bool
+    save_pytorch_model_bin: _Bool
     detach_hidden_states: _Bool
     use_remove_padding: _Bool
     use_fused_kernels: Annotated[bool, _one_of(False, why="fused kernels hide the hidden states that are needed")]
