@@ -194,8 +194,8 @@ def test_checkpoint_holds_the_speculator_and_no_base(runs, launched) -> None:
     speculator = Speculator.from_pretrained(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     weights = sum(parameter.numel() for parameter in speculator.parameters()) * 4
-    # Two files of weights with tied heads written out, two Adam moments, small change.
-    assert size < 9 * weights + 300_000
+    # Two files of weights to serve, which on a CPU have the type that trains, those to go on from, two Adam moments.
+    assert 5 * weights < size < 5 * weights + 300_000
 
 
 def test_stopping_and_resuming_changes_nothing(runs, launched) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from verl.utils.model import get_hf_auto_model_class
 
 from verl_speculator.checkpoint.layout import BASE_FOLDER
-from verl_speculator.checkpoint.training_state import whole_state_dict
+from verl_speculator.checkpoint.training_state import full_state_dict
 
 
 def base_dtype(hf_config: Any) -> torch.dtype | None:
@@ -30,7 +30,7 @@ def save_base_model(folder: Path, module: nn.Module, model_config: Any, dtype: t
         model_config: verl's section of the configuration, which knows where the base came from.
         dtype: Of the weights; None for the type in which they train.
     """
-    full = whole_state_dict(module)
+    full = full_state_dict(module)
     if dist.get_rank() != 0:
         return
     weights = {name: _cast(tensor, dtype) for name, tensor in full.items()}

@@ -18,6 +18,7 @@ class SpeculatorModelConfig(HFModelConfig):
     speculator_adapter: Any = None
     speculator_path: str | None = None
     speculator_dtype: str | None = None
+    save_pytorch_model_bin: bool = True
     speculator_loss_coeff: float = 1.0
     gather_speculator_once: bool = True
     attend_by_sequence: bool = True

@@ -251,9 +251,14 @@ class Speculator(nn.Module, ABC):
             model_class = _model_class(cls, config)
         except ConfigError as error:
             raise CheckpointError(f"{config_file} is not usable: {error}") from error
-        # Without storage a parameter that the file forgot could not pass for a loaded one.
-        with torch.device("meta"):
-            speculator = model_class(config)
+        try:
+            # Without storage a parameter that the file forgot could not pass for a loaded one.
+            with torch.device("meta"):
+                speculator = model_class(config)
+        except Exception as error:
+            # The layers may be another package's, which has errors of its own for values that it cannot use.
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise CheckpointError(f"{config_file} is not usable: no model can be built from it ({reason}).") from error
         views = speculator.file_views(speculator.state_dict())
         copies = serialization.copy_names(views, speculator.tied_copies())
         # Of the widest type, and with every tied copy written out, as other projects do.
