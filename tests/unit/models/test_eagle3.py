@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from tests.unit.models.eagle3_reference import Reference
+from tests.support.eagle3_reference import Reference
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.losses import Objective
 from verl_speculator.models import Speculator, SpeculatorConfig
