@@ -73,12 +73,12 @@ class StatefulDrafter(Drafter, Protocol):
 
     It is told of every token with the states at the position before it, in the order of the text: by `start` of the
     prompt's, by `advance` of those that a round has added. `select` says which rows go on. One generation at a time.
-
-    Attributes:
-        aux_hidden_state_layer_ids: Whose states these are, side by side. Id i is the residual stream after i layers.
     """
 
-    aux_hidden_state_layer_ids: Sequence[int]
+    @property
+    def aux_hidden_state_layer_ids(self) -> Sequence[int]:
+        """Whose states these are, side by side. Id i is the residual stream after i layers, in ascending order."""
+        ...
 
     def start(self, tokens: Tensor, lengths: Tensor, aux_hidden_states: Tensor) -> None:
         """Begin with rows of `lengths` [B] tokens at the right end of `tokens` [B, S].

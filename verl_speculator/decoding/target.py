@@ -41,7 +41,7 @@ class Target:
     def __enter__(self) -> Target:
         head = self._model.get_output_embeddings()
         self._hooks = [head.register_forward_pre_hook(lambda module, args: self._hidden.append(args[0]))]
-        layers = _decoder_layers(self._model) if self._aux_layer_ids else []
+        layers: Sequence[nn.Module] = _decoder_layers(self._model) if self._aux_layer_ids else []
         for layer_id in self._aux_layer_ids:
             if not 0 <= layer_id <= len(layers):
                 self.__exit__(None, None, None)
@@ -134,14 +134,14 @@ def keep_slots(values: Tensor, rows: list[int], ends: list[int], width: int, dim
     return values.movedim(dim, 1)[first, slots].movedim(1, dim)
 
 
-def _decoder_layers(model: Any) -> nn.ModuleList:
+def _decoder_layers(model: Any) -> list[nn.Module]:
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     # The outermost list of that length: modules() gives a parent before what is in it.
     lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
     layers = next((module for module in lists if len(module) == count), None)
     if layers is None:
         raise _unsupported(model, f"its {count} decoder layers were not found, whose states the speculator reads")
-    return layers
+    return list(layers)
 
 
 def _note_input(aux: dict[int, Tensor], layer_id: int) -> Any:

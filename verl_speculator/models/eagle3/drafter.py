@@ -28,6 +28,13 @@ KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 class Eagle3Drafter:
     """A `StatefulDrafter`; new entries wait until `propose` needs them, and then run in one forward pass."""
 
+    # Cached entries of each row [B]; and those that wait: tokens [B, Q], states [B, Q, A * H], and which slots of them.
+    _cached: Tensor
+    _tokens: Tensor
+    _aux: Tensor
+    _first: Tensor
+    _end: Tensor
+
     def __init__(self, model: Eagle3Speculator, sampling: SamplingParams | None = None) -> None:
         """`sampling` None, or its temperature 0, means greedy drafts."""
         self._model = model
