@@ -15,6 +15,7 @@ class SpeculatorModelConfig(HFModelConfig):
     """verl's model configuration with the keys of a speculator; see `configs/speculator_sft.yaml` for each."""
 
     speculator: dict[str, Any] = field(default_factory=dict)
+    speculator_type: str | None = None
     speculator_adapter: Any = None
     speculator_path: str | None = None
     speculator_dtype: str | None = None
