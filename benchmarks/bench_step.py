@@ -3,6 +3,7 @@
     python benchmarks/bench_step.py --json step.json              # one process
     python benchmarks/bench_step.py --nproc 2 --json step2.json   # sharded over two processes
     python benchmarks/bench_step.py --hidden 4096 --layers 32 --intermediate 14336 --width 4096 --vocab 128256
+    python benchmarks/bench_step.py --shapes smollm2 --variants ours dense_mask --rounds 3   # 16 rows of uneven lengths
 
 It takes an accelerator where there is one. `key=value` is a setting of the run, such as `engine.strategy=fsdp`.
 
@@ -11,8 +12,10 @@ the base a randomly initialised Qwen2-style model. Reading and collating data ar
 
 - `ours`: the adapter that users get.
 - `stacked`: an adapter whose loss is the stacked formula (`stacked.py`); all else is the same, its own engine included.
+- `dense_mask`: as `ours`, but packed sequences attend through transformers' mask of all tokens by all tokens.
+- `each`: as `ours`, but the speculator is gathered and its gradient reduced in every micro-batch and not once a step.
 
-Both must report the same loss before they are timed. Each round times both once, in alternating order, and measures
+All must report the same loss before they are timed. Each round times each once, in alternating order, and measures
 the machine's matmul peak, on all ranks at once. `ratio_to_stacked` is the median over rounds of stacked's time over the
 variant's. `matmul_peak_fraction` counts the base's layers once for each token and three vocabulary products for each
 trained row; the chain and attention scores count as overhead.
@@ -64,7 +67,7 @@ from spans import SpanRecorder
 
 COLUMNS = (
     *("variant", "ranks", "mask_fraction", "tokens", "heads", "vocab", "seconds_median", "seconds_min", "seconds_max"),
-    *("ratio_to_stacked", "peak_extra_mb", "matmul_peak_fraction"),
+    *("tokens_per_second", "ratio_to_stacked", "peak_extra_mb", "matmul_peak_fraction"),
 )
 ADAPTERS = {
     "ours": {
@@ -75,6 +78,21 @@ ADAPTERS = {
     "stacked": {"mlp": "stacked.StackedMLPAdapter", "rnn": "stacked.StackedLSTMAdapter"},
 }
 ADAPTERS["stacked"]["lstm"] = ADAPTERS["stacked"]["rnn"]
+VARIANTS = {
+    "ours": [],
+    "stacked": [],
+    "dense_mask": ["model.attend_by_sequence=false"],
+    "each": ["model.gather_speculator_once=false"],
+}
+
+# A published small model with its head counts, and the step on it that the field notes of this package are about.
+SHAPES = {
+    "smollm2": {
+        "base": BaseShape(49152, 576, 30, 1536, attention_heads=9, key_value_heads=3, family="llama"),
+        "arguments": {"speculator": "lstm", "width": 384, "heads": 3, "tokens": 2704, "sequence_length": 169}
+        | {"mask_fraction": 0.62, "uneven": True},
+    }
+}
 
 PARTS = ("backbone", "states", "vocabulary", "optimizer", "communication", "rest")
 LOAD_BEFORE = "BENCH_STEP_LOAD_BEFORE"
@@ -172,9 +190,17 @@ def random_rows(args: argparse.Namespace) -> list[tuple[torch.Tensor, torch.Tens
     """Sequences of random tokens: a prompt that is not trained and a response that is."""
     generator = torch.Generator().manual_seed(1)
     length = min(args.sequence_length, args.tokens)
-    mask = (torch.arange(length) >= length * (1 - args.mask_fraction)).long()
-    mask[0] = 0
-    return [(torch.randint(args.vocab, (length,), generator=generator), mask) for _ in range(args.tokens // length)]
+    lengths = [length] * (args.tokens // length)
+    if args.uneven:
+        # From a third to five thirds of the length, evenly spread: the sum is the same.
+        spread = torch.linspace(-2 / 3, 2 / 3, len(lengths)) * length
+        lengths = [length + int(extra) for extra in spread[torch.randperm(len(lengths), generator=generator)]]
+    rows = []
+    for own in lengths:
+        mask = (torch.arange(own) >= own * (1 - args.mask_fraction)).long()
+        mask[0] = 0
+        rows.append((torch.randint(args.vocab, (own,), generator=generator), mask))
+    return rows
 
 
 def _overrides(variant: str, base: Path, args: argparse.Namespace) -> list[str]:
@@ -185,13 +211,14 @@ def _overrides(variant: str, base: Path, args: argparse.Namespace) -> list[str]:
         speculator += [f"model.speculator.method=sum_{args.speculator}"]
     return [
         f"model.path={base}",
-        f"model.speculator_adapter={ADAPTERS[variant][args.speculator]}",
+        f"model.speculator_adapter={ADAPTERS.get(variant, ADAPTERS['ours'])[args.speculator]}",
         f"model.speculator.n_predict={args.heads}",
         *speculator,
         "data.train_files=unused.parquet",
         "data.use_dynamic_bsz=true",
         f"data.max_token_len_per_gpu={args.micro_batch_tokens or args.tokens // args.nproc}",
         "optim.total_training_steps=1000",
+        *VARIANTS[variant],
         *args.overrides,
     ]
 
@@ -248,7 +275,7 @@ def _with_backward(recorder: SpanRecorder, function: Any) -> Any:
     return recorded
 
 
-def measure(base: Path, shape: BaseShape, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(base: Path, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     trainings = {variant: Training(variant, base, args) for variant in args.variants}
     losses = {variant: training.step(training.batch()) for variant, training in trainings.items()}
     reference = losses[args.variants[0]]
@@ -265,7 +292,7 @@ def measure(base: Path, shape: BaseShape, args: argparse.Namespace, device: torc
         flops.append(machine_peak(device, args))
         for variant in list(trainings)[:: 1 if round_index % 2 == 0 else -1]:
             times[variant].append(trainings[variant].seconds(device))
-    useful = useful_flops(shape, args)
+    useful = useful_flops(args)
     rows = [summarise(variant, times, peaks[variant], flops, useful, args) for variant in trainings]
     splits = [trainings["ours"].split(device) for _ in range(args.rounds)] if "ours" in trainings else []
     return {"rows": rows, "split": summarise_split(splits) if splits else None, "losses": losses}
@@ -280,13 +307,13 @@ def machine_peak(device: torch.device, args: argparse.Namespace) -> float:
     return peak.item()
 
 
-def useful_flops(shape: BaseShape, args: argparse.Namespace) -> float:
+def useful_flops(args: argparse.Namespace) -> float:
     from verl_speculator.losses import trained_positions
 
     rows = random_rows(args)
     tokens = sum(ids.numel() for ids, _ in rows)
     trained = sum(int(trained_positions(mask, torch.tensor([0, mask.numel()]), args.heads).sum()) for _, mask in rows)
-    return 2 * tokens * shape.layer_parameters + 6 * trained * args.width * args.vocab
+    return 2 * tokens * args.base.layer_parameters + 6 * trained * args.width * args.vocab
 
 
 def summarise(
@@ -305,6 +332,7 @@ def summarise(
         "speculator": args.speculator,
         "mask_fraction": args.mask_fraction,
         "tokens": args.tokens,
+        "tokens_per_second": args.tokens / statistics.median(mine),
         "sequence_length": args.sequence_length,
         "heads": args.heads,
         "vocab": args.vocab,
@@ -364,6 +392,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--nproc", type=int, default=1, help="processes, over which the batch and the model are cut")
     parser.add_argument("--tokens", type=int, default=2048, help="of the global batch")
     parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--uneven", action="store_true", help="sequences of a third to five thirds of that length")
+    parser.add_argument("--shapes", choices=list(SHAPES), help="a published model's, and a step on it; wins over sizes")
     parser.add_argument("--micro-batch-tokens", type=int, help="default: one micro-batch for each process")
     parser.add_argument("--mask-fraction", type=float, default=0.5, help="share of each sequence that is trained")
     parser.add_argument("--vocab", type=int, default=32000)
@@ -374,11 +404,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=1024, help="of the speculator: inner_dim")
     parser.add_argument("--speculator", choices=["mlp", "rnn", "lstm"], default="mlp")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--variants", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["ours", "stacked"])
     add_peak_size(parser)
     parser.add_argument("--peak-dtype", default="bfloat16", help="of the matmul peak on an accelerator")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further settings of the engine")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    args.base = BaseShape(args.vocab, args.hidden, args.layers, args.intermediate)
+    if args.shapes:
+        chosen = SHAPES[args.shapes]
+        base, settings = chosen["base"], chosen["arguments"]
+        sizes = {name: getattr(base, name) for name in ("vocab", "hidden", "layers", "intermediate")}
+        vars(args).update(settings, base=base, **sizes)
+    return args
 
 
 def relaunch(nproc: int) -> None:
@@ -406,13 +443,12 @@ def main() -> None:
         initialize_global_process_group()
     device = torch.device(get_device_name())
     is_first = dist.get_rank() == 0
-    shape = BaseShape(args.vocab, args.hidden, args.layers, args.intermediate)
     folder: list[Any] = [tempfile.mkdtemp() if is_first else None]
     try:
         if is_first:
-            shape.write(Path(folder[0]), max_length=max(args.sequence_length, 64))
+            args.base.write(Path(folder[0]), max_length=max(2 * args.sequence_length, 64))
         dist.broadcast_object_list(folder)
-        measured = measure(Path(folder[0]), shape, args, device)
+        measured = measure(Path(folder[0]), args, device)
     finally:
         if is_first:
             shutil.rmtree(folder[0])

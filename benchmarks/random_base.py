@@ -21,12 +21,20 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class BaseShape:
-    """A Qwen2-style model: attention heads of 64 where the width allows it, four of which share keys and values."""
+    """A Qwen2- or Llama-style model.
+
+    Attributes:
+        attention_heads: None for heads of 64 where the width allows it.
+        key_value_heads: None where four of the heads share keys and values, if they can be divided so.
+    """
 
     vocab: int
     hidden: int
     layers: int
     intermediate: int
+    attention_heads: int | None = None
+    key_value_heads: int | None = None
+    family: str = "qwen2"
 
     @property
     def layer_parameters(self) -> int:
@@ -37,10 +45,12 @@ class BaseShape:
 
     @property
     def _attention_heads(self) -> int:
-        return max(self.hidden // 64, 1)
+        return self.attention_heads or max(self.hidden // 64, 1)
 
     @property
     def _key_value_heads(self) -> int:
+        if self.key_value_heads is not None:
+            return self.key_value_heads
         return self._attention_heads // 4 if self._attention_heads % 4 == 0 else self._attention_heads
 
     def write(self, folder: Path, *, max_length: int) -> Path:
@@ -49,7 +59,7 @@ class BaseShape:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.for_model(
-            "qwen2",
+            self.family,
             vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,

@@ -8,7 +8,9 @@ usage: torchrun --nproc_per_node=N engine_cases.py CASES.json OUTPUT_FOLDER
 from __future__ import annotations
 
 import json
+import resource
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.dataset_utils import SFTTensorCollator
@@ -25,6 +28,7 @@ from tests.integration.megatron_layout import forget_megatron_layout
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.sequence_parallel import gather_sequence, share_of_targets
 from verl_speculator.engine.step_sums import SUMS_KEY
+from verl_speculator.errors import ConfigError
 from verl_speculator.platforms import cpu, megatron_cpu
 from verl_speculator.trainer.config.compose import load_config
 from verl_speculator.trainer.config.devices import apply_device
@@ -70,7 +74,8 @@ def rank_batch(rows: list, config, engine) -> object:
 
 
 def gradients(engine) -> dict[str, torch.Tensor]:
-    grads = {name: whole_gradient(name, parameter) for name, parameter in engine.speculator_unit.named_parameters()}
+    named = engine.speculator_unit.named_parameters()
+    grads = {name: whole_gradient(name, parameter) for name, parameter in named if parameter.requires_grad}
     if not engine.is_base_frozen:
         grads |= {f"base.{name}": grad for name, grad in base_gradients(engine)}
     return grads
@@ -98,6 +103,19 @@ def base_gradients(engine) -> Iterator[tuple[str, torch.Tensor]]:
         parameter.data = weight
 
 
+class Collectives(TorchDispatchMode):
+    """How often each collective was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: dict[str, int] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def modules(engine) -> list[torch.nn.Module]:
     return engine.module if isinstance(engine.module, list) else [engine.module]
 
@@ -107,29 +125,40 @@ def speculator_optimizer(engine) -> torch.optim.Optimizer:
 
 
 def run_case(case: dict, output: Path) -> None:
-    worker, config = build_worker(case["overrides"])
+    try:
+        worker, config = build_worker(case["overrides"])
+    except ConfigError as error:
+        if dist.get_rank() == 0:
+            (output / f"{case['name']}.json").write_text(json.dumps({"refused": str(error)}))
+        forget_megatron_layout()
+        return
     engine = worker.engine
     rows = torch.load(case["batch"], weights_only=True)
     batch = rank_batch(rows, config, engine)
     with engine.train_mode():
         engine.optimizer_zero_grad()
-        out = engine.forward_backward_batch(batch, base_loss)
+        with Collectives() as collectives:
+            out = engine.forward_backward_batch(batch, base_loss)
         grads = gradients(engine)
         named = [named for module in modules(engine) for named in module.named_parameters()]
         state = {
             "loss": out["loss"][0],
+            "ranks": dist.get_world_size(),
+            "collectives": collectives.counts,
             "sums": out["metrics"][SUMS_KEY],
             "training": any(module.training for module in modules(engine)),
             "base_grads": [name for name, parameter in named if parameter.grad is not None],
             "base_has_optimizer": getattr(engine, "speculator_optimizer", None) is not None and bool(engine.optimizer),
             "optimizer_params": sum(len(group["params"]) for group in speculator_optimizer(engine).param_groups),
-            "speculator_params": len(list(engine.speculator_unit.parameters())),
+            "speculator_params": sum(parameter.requires_grad for parameter in engine.speculator_unit.parameters()),
             "base_modules": [name for module in modules(engine) for name, _ in module.named_modules()],
         }
     with engine.eval_mode(), torch.no_grad():
         batch = rank_batch(rows, config, engine)
         out = engine.forward_backward_batch(batch, base_loss, forward_only=True)
         state["eval_loss"], state["eval_sums"] = out["loss"][0], out["metrics"][SUMS_KEY]
+    if not engine.is_base_frozen:
+        state["moved"] = largest_updates(engine, rank_batch(rows, config, engine))
     if "steps" in case:
         state["steps"] = [train_step(engine, config, rows) for rows in torch.load(case["steps"], weights_only=True)]
     if dist.get_rank() == 0:
@@ -143,6 +172,26 @@ def train_step(engine, config, rows: list) -> dict[str, float]:
         out = engine.train_batch(rank_batch(rows, config, engine), base_loss)
         engine.lr_scheduler_step()
     return out["metrics"][SUMS_KEY]
+
+
+def largest_updates(engine, batch) -> dict[str, float]:
+    """How far a step moves any weight: Adam's first step is the learning rate, whatever the gradient."""
+    parts = {"base": modules(engine), "speculator": [engine.speculator_unit]}
+    parameters = {name: [p for module in part for p in module.parameters()] for name, part in parts.items()}
+    before = {name: [local(p).detach().clone() for p in own] for name, own in parameters.items()}
+    with engine.train_mode():
+        engine.train_batch(batch, base_loss)
+    moved = {}
+    for name, own in parameters.items():
+        differences = [local(p).detach() - old for p, old in zip(own, before[name], strict=True)]
+        largest = torch.stack([part.abs().max() for part in differences if part.numel()]).max()
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        moved[name] = largest.item()
+    return moved
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def check_sequence_parallel_layout(output: Path) -> None:
@@ -167,12 +216,23 @@ def check_sequence_parallel_layout(output: Path) -> None:
         (output / "sequence_parallel.json").write_text(json.dumps({"ranks": size}))
 
 
+def page_faults_of_large_buffers() -> int:
+    """Of ten of 64 MiB, each freed before the next; new memory is 16,384 pages every time."""
+    torch.ones(2**24)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 def main() -> None:
     cpu.init_process_group()
     output = Path(sys.argv[2])
     for case in json.loads(Path(sys.argv[1]).read_text()):
         run_case(case, output)
     check_sequence_parallel_layout(output)
+    if dist.get_rank() == 0:
+        (output / "memory.json").write_text(json.dumps({"page_faults": page_faults_of_large_buffers()}))
     dist.destroy_process_group()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from tests.integration.needy_adapter import NEEDY
 from tests.integration.reference import PlainTraining
@@ -21,13 +22,15 @@ from verl_speculator.models import (
     MLPSpeculatorConfig,
     Speculator,
 )
+from verl_speculator.models.eagle3 import Eagle3Speculator
 
 PACKED = ["data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=64"]
 ONE_ROW = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"]
 TWO_ROWS = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=2"]
 PADDED = ["model.use_remove_padding=false"]
 MLP = "model.speculator_adapter=verl_speculator.adapters.MLPSpeculatorAdapter"
-JOINT = ["model.freeze_base_model=false", "model.speculator_loss_coeff=0.7"]
+EAGLE3 = ["model.speculator_type=eagle3", "+model.speculator.ttt_steps=3", "+model.speculator.ttt_step_loss_decay=0.8"]
+JOINT = ["model.freeze_base_model=false", "model.speculator_loss_coeff=0.7", "optim.lr=2e-3", "optim.weight_decay=0"]
 SPECULATOR_LOSS_COEFF = 0.7
 KL, LK = (f"model.speculator.objective={name}" for name in ("kl", "lk"))
 CASES_SCRIPT = Path(__file__).with_name("engine_cases.py")
@@ -78,8 +81,20 @@ def make_speculators(folder: Path) -> dict[str, Path]:
         "rnn": ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**arctic, **widths, scale_input=True)),
         "mlp_untied": MLPSpeculator(MLPSpeculatorConfig(**arctic, inner_dim=24, tie_weights=False)),
     }
+    for name, settings in {
+        "eagle3": {"t2d": torch.arange(VOCAB_SIZE) % 3 != 1, "num_layers": 2},
+        "eagle3_plain": {"norm_before_fc": False, "norm_output": False, "norm_before_residual": False},
+    }.items():
+        # All three states of the tiny models: embeddings, between the layers, and before the final norm.
+        config = AutoConfig.from_pretrained(folder / "qwen2")
+        speculators[name] = Eagle3Speculator.from_training_args(config, target_layer_ids=[0, 1, 2], **settings)
     for seed, (name, speculator) in enumerate(speculators.items()):
         speculator.reset_parameters(torch.Generator().manual_seed(seed))
+        if isinstance(speculator, Eagle3Speculator):
+            with torch.no_grad():
+                for parameter in speculator.parameters():
+                    # Drawn as for a large model, the logits would be all but equal.
+                    parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)
         speculator.save_pretrained(folder / name)
     return {name: folder / name for name in speculators}
 
@@ -89,6 +104,8 @@ def write_world(folder: Path) -> dict[str, Path]:
     write_base_model(folder / "qwen2", family="qwen2", tie=True)
     write_base_model(folder / "qwen3", family="qwen3", tie=True, seed=1)
     write_base_model(folder / "llama_untied", family="llama", tie=False, seed=2)
+    write_base_model(folder / "llama_tied", family="llama", tie=True, seed=3)
+    write_base_model(folder / "gemma2", family="gemma2", tie=True, seed=4)
     make_speculators(folder)
     return {path.name: path for path in folder.iterdir()}
 
@@ -143,6 +160,14 @@ def check_acceptance(case: Case, world: dict[str, Path], results: Path) -> None:
     assert "closed_loop_sampled/rounds" in expected
     for name, value in expected.items():
         assert sums[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+
+
+def check_learning_rates(case: Case, results: Path) -> None:
+    """The base moves by its own learning rate: given, or a tenth of the speculator's."""
+    given = [float(key.partition("=")[2]) for key in case.overrides if key.startswith("optim.base_lr=")]
+    moved = read_state(results, case)["moved"]
+    assert moved["speculator"] == pytest.approx(2e-3, rel=1e-2)
+    assert moved["base"] == pytest.approx(given[0] if given else 2e-4, rel=1e-2)
 
 
 def check_bfloat16(case: Case, world: dict[str, Path], results: Path) -> None:

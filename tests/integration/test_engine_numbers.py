@@ -10,6 +10,7 @@ import pytest
 from tests.integration.needy_adapter import NEEDY
 from tests.integration.numbers_world import (
     CASES_SCRIPT,
+    EAGLE3,
     JOINT,
     KL,
     LK,
@@ -21,6 +22,7 @@ from tests.integration.numbers_world import (
     Case,
     check_acceptance,
     check_bfloat16,
+    check_learning_rates,
     check_loss_and_gradients,
     read_state,
     write_cases,
@@ -29,20 +31,31 @@ from tests.integration.numbers_world import (
 
 pytestmark = pytest.mark.slow
 
+BASE_LR = "optim.base_lr=5e-4"
 CASES = [
     Case("packed", "qwen2", "lstm", PACKED),
     Case("packed_one_row", "qwen2", "lstm", ONE_ROW),
-    Case("packed_deferred_sync", "qwen2", "rnn", [*ONE_ROW, "engine.use_no_sync_for_gradient_accumulation=true"]),
+    Case("packed_one_row_each", "qwen2", "lstm", [*ONE_ROW, "model.gather_speculator_once=false"]),
+    Case("joint_one_row_each", "qwen2", "lstm", [*ONE_ROW, *JOINT, "model.gather_speculator_once=false"]),
+    Case(
+        "joint_deferred_sync", "qwen2", "rnn", [*ONE_ROW, *JOINT, "engine.use_no_sync_for_gradient_accumulation=true"]
+    ),
     Case("padded", "qwen2", "lstm", [*TWO_ROWS, *PADDED]),
     Case("padded_untied_llama", "llama_untied", "mlp_untied", [*PACKED, *PADDED, MLP]),
     Case("packed_qwen3", "qwen3", "rnn", TWO_ROWS),
     Case("joint", "qwen2", "lstm", [*PACKED, *JOINT]),
     Case("joint_one_row", "qwen2", "lstm", [*ONE_ROW, *JOINT]),
     Case("joint_padded_untied", "llama_untied", "rnn", [*TWO_ROWS, *PADDED, *JOINT]),
-    Case("joint_detached", "qwen2", "lstm", [*TWO_ROWS, *JOINT, "model.detach_hidden_states=true"]),
+    Case(
+        "joint_detached", "qwen2", "lstm", [*TWO_ROWS, *JOINT, "model.detach_hidden_states=true", "optim.base_lr=5e-4"]
+    ),
     Case("needy_packed", "qwen2", "lstm", [*PACKED, NEEDY]),
     Case("needy_padded", "llama_untied", "lstm", [*TWO_ROWS, *PADDED, NEEDY]),
     Case("needy_joint", "llama_untied", "lstm", [*PACKED, *JOINT, NEEDY]),
+    Case("eagle3_packed", "qwen2", "eagle3", [*PACKED, *EAGLE3]),
+    Case("eagle3_one_row", "qwen2", "eagle3", [*ONE_ROW, *EAGLE3]),
+    Case("eagle3_padded", "llama_untied", "eagle3_plain", [*TWO_ROWS, *PADDED, *EAGLE3]),
+    Case("eagle3_joint", "qwen2", "eagle3", [*PACKED, *JOINT, *EAGLE3, "model.detach_hidden_states=true"]),
     Case("needy_joint_padded", "qwen2", "lstm", [*TWO_ROWS, *PADDED, *JOINT, NEEDY]),
     Case("kl", "qwen2", "lstm", [*ONE_ROW, KL]),
     Case("lk_untied", "llama_untied", "mlp_untied", [*PACKED, MLP, LK]),
@@ -50,6 +63,8 @@ CASES = [
 ]
 
 
+# Its logits are capped after the vocabulary product.
+CAPPED = Case("needy_capped", "gemma2", "lstm", [*PACKED, NEEDY])
 BF16_BASE = "+engine.mixed_precision={param_dtype: bf16, reduce_dtype: fp32}"
 # The base computes in bfloat16; the speculator in either. Compared with bfloat16's tolerance.
 BF16_CASES = [
@@ -66,7 +81,7 @@ def world(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def results(request, world, torchrun, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("results")
-    cases = write_cases(output / "cases.json", [*CASES, *BF16_CASES], world)
+    cases = write_cases(output / "cases.json", [*CASES, *BF16_CASES, CAPPED], world)
     torchrun(request.param, str(CASES_SCRIPT), str(cases), str(output))
     return output
 
@@ -76,7 +91,9 @@ def test_matches_plain_float64_training(case: Case, world, results) -> None:
     check_loss_and_gradients(case, world, results)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not set(EAGLE3) <= set(case.overrides)], ids=lambda c: c.name
+)
 def test_validation_measures_acceptance_however_the_batch_is_cut(case: Case, world, results) -> None:
     check_acceptance(case, world, results)
 
@@ -90,11 +107,40 @@ def test_frozen_base_has_no_part_in_training(case: Case, results) -> None:
     assert state["base_modules"].count("lm_head") == 1, "the tap stands in lm_head's place"
 
 
+@pytest.mark.parametrize("name", ["packed_one_row", "joint_one_row"])
+def test_the_speculator_is_gathered_and_reduced_once_a_step(name: str, results) -> None:
+    """Eight rows on one rank or two: so many micro-batches, in each of which it is gathered if the key is off."""
+    by_name = {case.name: case for case in CASES}
+    once = read_state(results, by_name[name])["collectives"]
+    each = read_state(results, by_name[f"{name}_each"])["collectives"]
+    assert set(once) == set(each)
+    for collective in once:
+        is_of_shards = "allgather" in collective or "reduce_scatter" in collective
+        micro_batches = 8 // read_state(results, by_name[name])["ranks"]
+        assert each[collective] - once[collective] == (micro_batches - 1 if is_of_shards else 0), collective
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.is_joint], ids=lambda case: case.name)
+def test_the_base_has_a_learning_rate_of_its_own(case: Case, results) -> None:
+    check_learning_rates(case, results)
+
+
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
 def test_bfloat16_base(case: Case, world, results) -> None:
     check_bfloat16(case, world, results)
 
 
+def test_what_a_base_cannot_give_is_refused_by_name(results) -> None:
+    refused = read_state(results, CAPPED)["refused"]
+    assert "NeedyAdapter" in refused
+    assert "final_logit_softcapping=30.0" in refused
+
+
 def test_slices_of_a_sequence_give_the_whole_loss(results) -> None:
     """The assertions are in the ranks; the file says that they held."""
     assert json.loads((results / "sequence_parallel.json").read_text())["ranks"] in (1, 2)
+
+
+def test_large_buffers_are_used_again(results) -> None:
+    """On CPU the system would otherwise hand out and zero all 163,840 pages of these ten buffers."""
+    assert json.loads((results / "memory.json").read_text())["page_faults"] < 40_000

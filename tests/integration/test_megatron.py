@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from tests.integration.numbers_world import (
     Case,
     check_acceptance,
     check_bfloat16,
+    check_learning_rates,
     check_loss_and_gradients,
     make_rows,
     read_state,
@@ -43,6 +46,7 @@ MEGATRON = ["engine=megatron", "optim=megatron"]
 TP, PP = "engine.tensor_model_parallel_size=2", "engine.pipeline_model_parallel_size=2"
 NO_SP = "engine.sequence_parallel=false"
 STEPS = 20
+STOP_TOKENS = [2, 0]
 TRAINING = ["optim.lr=1e-2", "optim.weight_decay=0.01", "optim.clip_grad=1.0"]
 
 
@@ -73,12 +77,25 @@ TWO_RANKS = [
     Case("dp_needy_joint", "qwen2", "lstm", [*MEGATRON, DP, *TWO_ROWS, *PADDED, *JOINT, NEEDY]),
     Case("tp_kl", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, KL]),
     Case("pp_lk_joint", "llama_untied", "rnn", [*MEGATRON, PP, *TWO_ROWS, *PADDED, *JOINT, LK]),
-    Case("pp_joint_detached", "qwen2", "lstm", [*MEGATRON, PP, *PACKED, *JOINT, "model.detach_hidden_states=true"]),
+    Case(
+        "pp_joint_detached",
+        "qwen2",
+        "lstm",
+        [*MEGATRON, PP, *PACKED, *JOINT, "model.detach_hidden_states=true", "optim.base_lr=5e-4"],
+    ),
 ]
 FOUR_RANKS = [
     *frozen_and_joint("tp_pp", TP, PP),
     *frozen_and_joint("tp_dp", TP, DP),
     Case("tp_pp_needy", "llama_untied", "lstm", [*MEGATRON, TP, PP, *TWO_ROWS, *PADDED, NEEDY]),
+]
+REFUSED = {
+    "pp_needy_joint": r"asks for the states after layer 0, which in joint training .*pipeline_model_parallel_size=1",
+    "pp_tied_llama": r"engine\.pipeline_model_parallel_size=2: mbridge .* tied embeddings of a llama model",
+}
+REFUSED_CASES = [
+    Case("pp_needy_joint", "qwen2", "lstm", [*MEGATRON, PP, *PACKED, *JOINT, NEEDY]),
+    Case("pp_tied_llama", "llama_tied", "lstm", [*MEGATRON, PP, *PACKED]),
 ]
 BF16_CASES = [Case("tp_bf16", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, "engine.model_dtype=bf16"])]
 TRAINED = [
@@ -101,7 +118,7 @@ def world(tmp_path_factory) -> dict[str, Path]:
 def results(world, torchrun, tmp_path_factory) -> Path:
     """What all cases wrote: one start for those of two ranks, one for those of four."""
     output = tmp_path_factory.mktemp("results")
-    for ranks, cases in ((2, [*TWO_RANKS, *BF16_CASES, *TRAINED]), (4, FOUR_RANKS)):
+    for ranks, cases in ((2, [*TWO_RANKS, *BF16_CASES, *TRAINED, *REFUSED_CASES]), (4, FOUR_RANKS)):
         file = write_cases(output / f"cases_{ranks}.json", cases, world)
         torchrun(ranks, str(CASES_SCRIPT), str(file), str(output))
     return output
@@ -126,6 +143,18 @@ def test_frozen_base_has_no_part_in_training(case: Case, results) -> None:
     assert state["base_has_optimizer"] is False
     assert state["training"] is False, "a frozen base must not use dropout"
     assert state["optimizer_params"] == state["speculator_params"]
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in [*TWO_RANKS, *FOUR_RANKS] if case.is_joint], ids=lambda case: case.name
+)
+def test_the_base_has_a_learning_rate_of_its_own(case: Case, results) -> None:
+    check_learning_rates(case, results)
+
+
+@pytest.mark.parametrize("case", REFUSED_CASES, ids=lambda case: case.name)
+def test_what_cannot_be_trained_is_refused_by_name(case: Case, results) -> None:
+    assert re.search(REFUSED[case.name], read_state(results, case)["refused"])
 
 
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)
@@ -159,7 +188,8 @@ class Runs:
 
     def __init__(self, folder: Path, torchrun) -> None:
         self.folder, self.torchrun = folder, torchrun
-        write_base_model(folder / "base")
+        # Published in bfloat16 and on CPU trained in float32.
+        write_base_model(folder / "base", dtype=torch.bfloat16, stop_tokens=STOP_TOKENS)
         write_chats(folder / "train.parquet", rows=48)
         write_chats(folder / "val.parquet", rows=6, seed=9)
 
@@ -277,6 +307,9 @@ def test_a_jointly_trained_base_is_a_hugging_face_folder(runs: Runs) -> None:
     after = load_file(runs.checkpoint("joint_pp") / "huggingface" / "model.safetensors")
     assert set(before) == set(after)
     assert all(before[key].shape == after[key].shape and not torch.equal(before[key], after[key]) for key in before)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    settings = json.loads((runs.checkpoint("joint_pp") / "huggingface" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == STOP_TOKENS
     plain = PlainTraining(runs.checkpoint("joint_pp") / "huggingface", runs.checkpoint("joint_pp"))
     assert torch.isfinite(plain.base_loss(make_rows()))
 
@@ -285,6 +318,15 @@ def test_the_checkpoint_is_a_speculator_that_drafts(runs: Runs) -> None:
     speculator = Speculator.from_pretrained(runs.checkpoint("frozen_tp"))
     drafts = speculator.draft(torch.randn(2, 32), torch.tensor([5, 6]), 3)
     assert drafts.shape == (2, 3)
+
+
+def test_a_joint_checkpoint_does_not_go_on_with_a_frozen_base(runs: Runs) -> None:
+    older = runs.folder / "joint_older" / "global_step_3"
+    shutil.copytree(runs.checkpoint("joint_pp", 3), older)
+    (older / layout.RUN_CONFIG_FILE).unlink()
+    frozen = runs.overrides("joint_then_frozen", PP, COSINE, resume_from=older)
+    with pytest.raises(AssertionError, match=r"written with model\.freeze_base_model=false"):
+        runs.run(2, frozen)
 
 
 def test_the_command_trains_with_the_switch_alone(runs: Runs, verl_speculator) -> None:

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 WIDTHS = [f"model.speculator.{name}_dim=32" for name in ("inner", "emb", "proj")]
 STEPS = 6
+STOP_TOKENS = [2, 0]
 LOGGERS = "trainer.logger=[console,tensorboard,file]"
 STOPPED_RUN = str(Path(__file__).with_name("stopped_run.py"))
 CUSTOM_ADAPTER = Path(__file__).resolve().parents[2] / "examples" / "custom_adapter" / "gated_adapter.py"
@@ -43,7 +44,8 @@ class Runs:
     def __init__(self, folder: Path, torchrun) -> None:
         self.folder = folder
         self.torchrun = torchrun
-        self.base = write_base_model(folder / "base")
+        # Published in bfloat16 and trained in float32, and with a stop token that the tokenizer does not know.
+        self.base = write_base_model(folder / "base", dtype=torch.bfloat16, stop_tokens=STOP_TOKENS)
         write_chats(folder / "train.parquet", 72)
         write_chats(folder / "val.parquet", 13, seed=1)
 
@@ -223,6 +225,31 @@ def test_joint_training_trains_both_and_resumes(runs, launched) -> None:
     assert all(torch.equal(base[0][name], base[1][name]) for name in base[0])
     untrained = load_file(runs.base / "model.safetensors")
     assert any(not torch.equal(base[0][name], untrained[name]) for name in untrained)
+
+
+def test_a_jointly_trained_base_stays_what_it_was(runs, launched) -> None:
+    """Its type, its stop tokens and its class; what it trains in is in `resume/`."""
+    folder = runs.folder / "joint" / f"global_step_{STEPS}" / "huggingface"
+    before, after = load_file(runs.base / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert {name: (tensor.shape, tensor.dtype) for name, tensor in after.items()} == {
+        name: (tensor.shape, torch.bfloat16) for name, tensor in before.items()
+    }
+    config, published = (json.loads((base / "config.json").read_text()) for base in (folder, runs.base))
+    assert config["dtype"] == published["dtype"] == "bfloat16"
+    assert config["architectures"] == published["architectures"]
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == STOP_TOKENS
+
+
+def test_a_joint_checkpoint_does_not_go_on_with_a_frozen_base(runs, launched) -> None:
+    """The base that its speculator follows would be replaced by the untrained one."""
+    folder = runs.folder / "joint_older"
+    shutil.copytree(runs.folder / "joint_stopped", folder)
+    # Checkpoints of older versions do not say how they were trained, so the engine looks at what they hold.
+    for file in folder.rglob(layout.RUN_CONFIG_FILE):
+        file.unlink()
+    with pytest.raises(AssertionError, match=r"written with model\.freeze_base_model=false") as failure:
+        runs.run(1, runs.overrides("joint_older", f"trainer.total_training_steps={STEPS + 1}"))
+    assert f"model.speculator_path={folder / f'global_step_{STEPS}'}" in str(failure.value)
 
 
 def test_an_adapter_from_a_file_trains(runs, launched) -> None:

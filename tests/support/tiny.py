@@ -37,7 +37,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def write_base_model(folder: Path, *, family: str = "qwen2", tie: bool = True, seed: int = 0) -> Path:
+def write_base_model(
+    folder: Path,
+    *,
+    family: str = "qwen2",
+    tie: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    stop_tokens: list[int] | None = None,
+) -> Path:
     """A randomly initialised model of two layers, large enough in scale that its hidden states differ."""
     config = AutoConfig.for_model(
         family,
@@ -53,7 +61,8 @@ def write_base_model(folder: Path, *, family: str = "qwen2", tie: bool = True, s
         initializer_range=0.3,
     )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    model.generation_config.eos_token_id = stop_tokens
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -32,6 +32,8 @@ class BaseSizes(NamedTuple):
     num_key_value_heads: int | None
     # None too for a mixture of experts, whose layers may all be experts.
     intermediate_size: int | None
+    model_type: str | None = None
+    tie_word_embeddings: bool = False
 
 
 def check_base_files(
@@ -109,6 +111,8 @@ def read_base_sizes(name: str, *, key: str) -> BaseSizes | None:
         num_attention_heads=heads,
         num_key_value_heads=values.get("num_key_value_heads") or heads,
         intermediate_size=None if any(values.get(name) for name in _EXPERT_KEYS) else values.get("intermediate_size"),
+        model_type=values.get("model_type"),
+        tie_word_embeddings=values.get("tie_word_embeddings") is True,
     )
 
 

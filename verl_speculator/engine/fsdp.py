@@ -5,6 +5,7 @@ verl wraps the base model as ever; the speculator is an FSDP2 unit on the same m
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +32,8 @@ from verl_speculator.engine.hidden_states import (
     replace_lm_head,
 )
 from verl_speculator.engine.model_config import MODEL_TYPE
+from verl_speculator.engine.optimizer_config import adam_arguments, base_lr
+from verl_speculator.engine.packed_attention import attend_by_sequence
 from verl_speculator.engine.sequence_parallel import gather_sequence
 from verl_speculator.engine.speculator_engine import SpeculatorEngine, full_norm
 from verl_speculator.engine.target_head import FrozenHead, full_head_weight, why_not_plain
@@ -56,6 +59,10 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         self._compute_dtype = PrecisionType.to_dtype(
             self.model_config.speculator_dtype or precision.get("param_dtype", "bf16")
         )
+        if self.use_remove_padding and self.model_config.attend_by_sequence:
+            attention = attend_by_sequence(module)
+            if torch.distributed.get_rank() == 0:
+                print(attention)
         head = output_embeddings(module)
         self._build_speculator(module, self._why_no_target_weight_of(head))
         if self._needs_frozen_head:
@@ -81,8 +88,13 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         if not self.is_base_frozen:
             base = [parameter for parameter in module.parameters() if parameter.requires_grad]
             groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-            params = [{"params": base}, *groups]
-        return build_optimizer(params, self.optimizer_config)
+            # verl reports the first group's learning rate, which is to be the speculator's.
+            params = [*groups, {"params": base, "lr": base_lr(self.optimizer_config)}]
+        config = self.optimizer_config
+        if config.optimizer_impl == "torch.optim" and config.optimizer in ("Adam", "AdamW"):
+            given = config.override_optimizer_config or {}
+            config = dataclasses.replace(config, override_optimizer_config={**adam_arguments(), **given})
+        return build_optimizer(params, config)
 
     def _base_modules(self) -> list[nn.Module]:
         return [self.module]
@@ -98,6 +110,8 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         self._begin_step(data)
         with self._target_weight_gathered(forward_only):
             super().forward_backward_batch(data, loss_function, forward_only)
+        # A forward pass without a backward one leaves it gathered.
+        cast(FSDPModule, self.speculator_unit).reshard()
         return self._sums.output(data, self.model_config.speculator_loss_coeff)
 
     def forward_step(
@@ -159,14 +173,11 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
 
     @contextmanager
     def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Iterator[None]:
-        defer = self.engine_config.use_no_sync_for_gradient_accumulation and not is_last_micro_batch
-        base = (
-            nullcontext()
-            if self.is_base_frozen
-            else super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch)
-        )
-        cast(FSDPModule, self.speculator_unit).set_requires_gradient_sync(not defer)
-        with base:
+        self._gather_for(is_last=is_last_micro_batch)
+        if self.is_base_frozen:
+            yield
+            return
+        with super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch):
             yield
 
     def optimizer_step(self) -> float:
@@ -204,4 +215,4 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         return trained, self.optimizer, self.lr_scheduler, base
 
     def _save_base(self, folder: Path) -> None:
-        save_base_model(folder, self.module, self.model_config)
+        save_base_model(folder, self.module, self.model_config, self._base_dtype)

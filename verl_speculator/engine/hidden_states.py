@@ -65,7 +65,7 @@ class _Tap(nn.Module):
 
 
 def replace_lm_head(model: Any, seen: SeenStates) -> None:
-    """Put a tap in the place of the head; its weights are freed unless the input embeddings are tied to them."""
+    """Put a tap where the head stands; its weights are freed unless the input embeddings are tied to them."""
     model.set_output_embeddings(_Tap(seen))
 
 

@@ -11,30 +11,33 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 
 from verl_speculator.adapters import AdapterNeeds, SpeculatorAdapter, build_speculator_adapter
+from verl_speculator.checkpoint.layout import BASE_FOLDER
 from verl_speculator.checkpoint.training_state import (
     load_training_state,
     save_speculator,
     save_training_state,
 )
+from verl_speculator.engine.base_export import base_dtype
 from verl_speculator.engine.hidden_states import SeenStates
 from verl_speculator.engine.sequence_parallel import share_of_sequences, share_of_targets
 from verl_speculator.engine.speculator_unit import SpeculatorUnit, build_speculator, shard
 from verl_speculator.engine.step_sums import StepSums
 from verl_speculator.engine.target_head import FrozenHead
-from verl_speculator.errors import ConfigError
+from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.losses import PackedHiddenStates
 from verl_speculator.models.serialization import PREFIX
+from verl_speculator.platforms import cpu
 
 
 class SpeculatorEngine(BaseEngine):
@@ -61,6 +64,14 @@ class SpeculatorEngine(BaseEngine):
     _why_no_target_weight: str | None
     _sums: StepSums
     _target_weight: Tensor | None = None
+    # As it was published; in joint training it may train in another one.
+    _base_dtype: torch.dtype | None
+
+    def __init__(self, model_config: Any, *args: Any, **kwargs: Any) -> None:
+        if cpu.is_active():
+            cpu.keep_freed_memory()
+        super().__init__(model_config, *args, **kwargs)
+        self._base_dtype = base_dtype(model_config.hf_config)
 
     @property
     def is_base_frozen(self) -> bool:
@@ -223,6 +234,17 @@ class SpeculatorEngine(BaseEngine):
         trained = by_sequences if self._needs.whole_sequences else by_targets
         return self.speculator_unit(trained, by_sequences) if forward_only else self.speculator_unit(trained)
 
+    def _gather_for(self, *, is_last: bool) -> None:
+        """Say before a micro-batch whether it is the step's last one.
+
+        Unless `model.gather_speculator_once` is off, the unit stays gathered until then, and its gradients are added up
+        on each rank and reduced once.
+        """
+        unit = cast(FSDPModule, self.speculator_unit)
+        release = is_last or not self.model_config.gather_speculator_once
+        unit.set_reshard_after_backward(release)
+        unit.set_requires_gradient_sync(release)
+
     # Checkpoints: only what trains, in the layout of `verl_speculator.checkpoint.layout`
 
     def save_checkpoint(
@@ -245,8 +267,19 @@ class SpeculatorEngine(BaseEngine):
     def load_checkpoint(
         self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = False, **kwargs: Any
     ) -> None:
-        """Undo `save_checkpoint`; every rank must call it."""
+        """Undo `save_checkpoint`; every rank must call it.
+
+        Raises:
+            CheckpointError: it is damaged, or was written with a base that trained where this one is frozen or the
+                other way round.
+        """
         folder = Path(local_path)
+        if self.is_base_frozen and (folder / BASE_FOLDER).is_dir():
+            raise CheckpointError(
+                f"{folder} was written with model.freeze_base_model=false, and its speculator follows the base that "
+                f"trained with it: go on with that, or freeze the trained base with model.path={folder / BASE_FOLDER} "
+                f"model.speculator_path={folder} and another trainer.default_local_dir"
+            )
         load_training_state(folder, *self._training_state())
         if not self.is_base_frozen:
             self._load_base(folder)

@@ -284,3 +284,15 @@ def _model_class(wanted: type[SpeculatorT], config: SpeculatorConfig) -> type[Sp
             f"architectures {config.architectures[0]} is a {model_class.__name__}, not a {wanted.__name__}."
         )
     return model_class
+
+
+def config_class_of(model_class: type[Speculator]) -> type[SpeculatorConfig]:
+    """The configuration class that a model is registered with.
+
+    Raises:
+        ConfigError: It is not registered.
+    """
+    for config_class, registered in _MODEL_CLASSES.items():
+        if registered is model_class:
+            return config_class
+    raise ConfigError(f"{model_class.__name__} is not registered: put @Speculator.register(NAME) on it.")

@@ -59,6 +59,8 @@ def read_curves(path: str | os.PathLike[str]) -> Curves:
 
 def find_run(speculator: str | os.PathLike[str]) -> Path | None:
     """The folder of the run that a speculator's checkpoint lies in, if its log is still there."""
+    if not Path(speculator).exists():
+        return None  # a name on the hub
     folder = Path(speculator).resolve()
     # RUN/global_step_N/speculator, RUN/global_step_N, or a speculator that was moved next to the log.
     return next((run for run in (folder, *folder.parents[:2]) if (run / METRICS_FILE).is_file()), None)

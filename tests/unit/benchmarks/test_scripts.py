@@ -94,12 +94,16 @@ def test_scaling_of_the_loss(run_benchmark) -> None:
 
 @pytest.mark.slow
 def test_step(run_benchmark) -> None:
-    report = run_benchmark("bench_step.py", *STEP_SIZES)
+    variants = ["ours", "stacked", "dense_mask", "each"]
+    cut = ["--uneven", "--micro-batch-tokens", "32"]
+    report = run_benchmark("bench_step.py", *STEP_SIZES, *cut, "--variants", *variants)
     rows, split = report["rows"], report["split"]
-    assert [row["variant"] for row in rows] == ["ours", "stacked"]
+    assert [row["variant"] for row in rows] == variants
     check_times(rows)
     assert all(row["ranks"] == 1 for row in rows)
-    assert report["losses"]["ours"] == pytest.approx(report["losses"]["stacked"], rel=1e-4)
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(64 / row["seconds_median"])
+        assert report["losses"][row["variant"]] == pytest.approx(report["losses"]["ours"], rel=1e-4)
 
     parts = {part["part"]: part for part in split["parts"]}
     assert list(parts) == ["backbone", "states", "vocabulary", "optimizer", "communication", "rest"]

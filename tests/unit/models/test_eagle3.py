@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from tests.unit.models.eagle3_reference import Reference
+from tests.support.eagle3_reference import Reference
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.losses import Objective
 from verl_speculator.models import Speculator, SpeculatorConfig
@@ -237,7 +237,8 @@ def test_the_bases_weights_are_missed_at_once_when_nobody_gave_them():
         ({"ttt_step_loss_decay": 0}, "ttt_step_loss_decay must be a number above 0"),
         ({"draft_arch": "gpt2"}, "draft_arch must be llama or qwen3"),
         ({"fc_norm": True}, "norm_before_fc and fc_norm exclude each other"),
-        ({"target_layer_ids": [1, 1]}, "target_layer_ids must be a list of distinct layers"),
+        ({"target_layer_ids": [1, 1]}, "target_layer_ids must be a list of layers in ascending order"),
+        ({"target_layer_ids": [2, 0]}, "target_layer_ids must be a list of layers in ascending order"),
         ({"target_layer_ids": [0, 9]}, f"from 0 to {LAYERS}, the base's number of layers; not"),
         ({"draft_vocab_size": 10}, "draft_vocab_size needs draft_vocab_path"),
         ({"draft_vocab_size": 10, "t2d": t2d_mask()}, "draft_vocab_size is 10 and draft_vocab_path has 25 tokens"),
@@ -273,7 +274,7 @@ def test_draft_vocabulary_from_a_file(tmp_path):
     [
         ({"transformer_layer_config": None}, "transformer_layer_config is missing"),
         ({"draft_vocab_size": V + 1}, rf"draft_vocab_size must be at most vocab_size \({V}\)"),
-        ({"eagle_aux_hidden_state_layer_ids": []}, "must be a list of distinct layers"),
+        ({"eagle_aux_hidden_state_layer_ids": []}, "must be a list of layers in ascending order"),
         ({"eagle_aux_hidden_state_layer_ids": None}, "eagle_aux_hidden_state_layer_ids is missing"),
         ({"target_hidden_size": 64}, "transformer_layer_config.hidden_size must be the base's hidden size"),
         ({"norm_output": "yes"}, "norm_output must be true or false"),

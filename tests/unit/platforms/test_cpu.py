@@ -125,13 +125,14 @@ def test_configuration_keys_that_verl_reads_without_listing_them(cpu) -> None:
 def test_configuration_fits_the_typed_sections(cpu) -> None:
     from dataclasses import fields
 
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig
+    from verl.workers.config import FSDPEngineConfig
 
     from verl_speculator.engine.model_config import SpeculatorModelConfig
+    from verl_speculator.engine.optimizer_config import SpeculatorFSDPOptimizerConfig
     from verl_speculator.trainer.config.compose import load_config
 
     config = load_config([])
-    typed = {"model": SpeculatorModelConfig, "engine": FSDPEngineConfig, "optim": FSDPOptimizerConfig}
+    typed = {"model": SpeculatorModelConfig, "engine": FSDPEngineConfig, "optim": SpeculatorFSDPOptimizerConfig}
     for section, section_class in typed.items():
         unknown = {str(key) for key in config[section]} - {field.name for field in fields(section_class)} - {"_target_"}
         assert not unknown, f"{section_class.__name__} has no {unknown}"

@@ -86,3 +86,9 @@ def test_finds_the_run_of_a_checkpoint(tmp_path, place) -> None:
     assert find_run(tmp_path / "run" / place) is None
     (tmp_path / "run" / METRICS_FILE).write_text("")
     assert find_run(tmp_path / "run" / place) == tmp_path / "run"
+
+
+def test_a_name_on_the_hub_lies_in_no_run(tmp_path, monkeypatch) -> None:
+    (tmp_path / METRICS_FILE).write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert find_run("owner/speculator") is None

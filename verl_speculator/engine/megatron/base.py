@@ -16,6 +16,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from verl_speculator.checkpoint.layout import BASE_FOLDER, RESUME_FOLDER
+from verl_speculator.engine.base_export import cast_weights, save_surroundings
 from verl_speculator.errors import CheckpointError
 
 
@@ -37,13 +38,24 @@ class BaseStep:
         self._optimizer.step_with_ready_grads()
 
 
-def save_base(folder: Path, engine: Any) -> None:
+def save_base(folder: Path, engine: Any, dtype: torch.dtype | None) -> None:
     """Write `huggingface/` and what training on needs beside it; every rank must call this.
 
     The optimizer's state is Megatron's own, for each rank of a model-parallel group: it is of no use to another tensor
     or pipeline parallelism.
+
+    Args:
+        folder: Of the checkpoint.
+        engine: With the base and its optimizer.
+        dtype: Of the weights in `huggingface/`; None for the type in which they train.
     """
-    _save_weights(folder / BASE_FOLDER, engine)
+    is_cast = dtype not in (None, engine.param_dtype)
+    save_weights = engine.bridge.save_weights if engine.vanilla_bridge else engine.bridge.save_hf_weights
+    save_weights(engine.module, str(folder / BASE_FOLDER))
+    if torch.distributed.get_rank() == 0:
+        if is_cast:
+            cast_weights(folder / BASE_FOLDER, dtype)
+        save_surroundings(folder / BASE_FOLDER, engine.model_config)
     stem = _own_files(folder)
     stem.parent.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
@@ -55,6 +67,9 @@ def save_base(folder: Path, engine: Any) -> None:
             "scheduler": engine.lr_scheduler.state_dict(),
             "random": get_cuda_rng_tracker().get_states(),
         }
+        if is_cast:
+            # In full precision, for going on exactly.
+            state["weights"] = [dict(module.named_parameters()) for module in engine.module]
         torch.save(state, f"{stem}.pt")
 
 
@@ -71,9 +86,14 @@ def load_base(folder: Path, engine: Any) -> None:
             f"{folder} has no base model's training state for this layout: it was written with a frozen base, or with "
             "another tensor or pipeline parallelism"
         )
-    load_weights = engine.bridge.load_weights if engine.vanilla_bridge else engine.bridge.load_hf_weights
-    load_weights(engine.module, str(folder / BASE_FOLDER))
     state = torch.load(f"{stem}.pt", weights_only=True)
+    if "weights" in state:
+        for module, weights in zip(engine.module, state["weights"], strict=True):
+            for name, parameter in module.named_parameters():
+                parameter.copy_(weights[name])
+    else:
+        load_weights = engine.bridge.load_weights if engine.vanilla_bridge else engine.bridge.load_hf_weights
+        load_weights(engine.module, str(folder / BASE_FOLDER))
     engine.optimizer.load_state_dict(state["optimizer"])
     if engine.engine_config.use_distributed_optimizer:
         engine.optimizer.load_parameter_state(f"{stem}_moments.pt")
@@ -84,11 +104,3 @@ def load_base(folder: Path, engine: Any) -> None:
 def _own_files(folder: Path) -> Path:
     tensor, pipeline = mpu.get_tensor_model_parallel_rank(), mpu.get_pipeline_model_parallel_rank()
     return folder / RESUME_FOLDER / "base" / f"tensor_{tensor}_pipeline_{pipeline}"
-
-
-def _save_weights(folder: Path, engine: Any) -> None:
-    save_weights = engine.bridge.save_weights if engine.vanilla_bridge else engine.bridge.save_hf_weights
-    save_weights(engine.module, str(folder))
-    processor = engine.model_config.get_processor()
-    if torch.distributed.get_rank() == 0 and processor is not None:
-        processor.save_pretrained(folder)

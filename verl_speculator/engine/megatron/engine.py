@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl_speculator.engine.megatron.base import BaseStep, load_base, save_base
 from verl_speculator.engine.megatron.step import MegatronSpeculatorStep
 from verl_speculator.engine.model_config import MODEL_TYPE
+from verl_speculator.engine.optimizer_config import adam_arguments, base_lr
 from verl_speculator.engine.speculator_engine import full_norm
 from verl_speculator.engine.target_head import FrozenHead, why_not_plain
 from verl_speculator.errors import ConfigError
@@ -33,6 +36,7 @@ from verl_speculator.errors import ConfigError
 class MegatronEngineWithLMHeadAndSpeculator(MegatronSpeculatorStep):
     """Trains a speculator on a frozen base model, or both together (`model.freeze_base_model=false`)."""
 
+    optimizer_config: Any
     speculator_optimizer: torch.optim.Optimizer
     speculator_scheduler: Any
 
@@ -70,21 +74,56 @@ class MegatronEngineWithLMHeadAndSpeculator(MegatronSpeculatorStep):
             lr=self.optimizer_config.lr,
             betas=tuple(self.optimizer_config.betas),
             weight_decay=self.optimizer_config.weight_decay,
+            **adam_arguments(),
         )
         self.speculator_scheduler = get_megatron_optimizer_param_scheduler(
             self.speculator_optimizer, self.optimizer_config
         )
 
     def _build_tf_config(self) -> None:
+        hf_config = self.model_config.hf_config
+        if hf_config.get_text_config() is not hf_config:
+            raise ConfigError(
+                f"model.path: a {hf_config.model_type} model has several modalities, and with engine=megatron a "
+                "speculator trains on text models: use engine=fsdp optim=fsdp"
+            )
         try:
             super()._build_tf_config()
         except ValueError as error:
             if "Unregistered model type" not in str(error):
                 raise
-            model_type = self.model_config.hf_config.model_type
             raise ConfigError(
-                f"model.path: mbridge cannot bring a {model_type} model to Megatron: use engine=fsdp optim=fsdp"
+                f"model.path: mbridge cannot bring a {hf_config.model_type} model to Megatron: "
+                "use engine=fsdp optim=fsdp"
             ) from error
+        pipeline_size = self.engine_config.pipeline_model_parallel_size
+        # Only some of mbridge's classes know where to find an output layer that has no weights of its own in the file.
+        if pipeline_size > 1 and hf_config.tie_word_embeddings and self.vanilla_bridge and not _maps_tied(self.bridge):
+            raise ConfigError(
+                f"engine.pipeline_model_parallel_size={pipeline_size}: mbridge cannot bring the tied embeddings of a "
+                f"{hf_config.model_type} model to two pipeline stages: set it to 1 and raise "
+                "engine.tensor_model_parallel_size, or give engine.vanilla_mbridge=false where Megatron-Bridge is there"
+            )
+
+    def _build_optimizer(self) -> Any:
+        with self._optimizer_config_of_base():
+            return super()._build_optimizer()
+
+    def _build_lr_scheduler(self) -> Any:
+        with self._optimizer_config_of_base():
+            return super()._build_lr_scheduler()
+
+    @contextmanager
+    def _optimizer_config_of_base(self) -> Iterator[None]:
+        """verl builds the base's optimizer and schedule from the section that is the speculator's, too."""
+        own = self.optimizer_config
+        share = base_lr(own) / own.lr
+        scaled = {name: share * getattr(own, name) for name in ("lr", "min_lr", "lr_warmup_init")}
+        self.optimizer_config = dataclasses.replace(own, **scaled)
+        try:
+            yield
+        finally:
+            self.optimizer_config = own
 
     def _base_modules(self) -> list[nn.Module]:
         return self.module
@@ -127,7 +166,14 @@ class MegatronEngineWithLMHeadAndSpeculator(MegatronSpeculatorStep):
         return self.speculator_unit, self.speculator_optimizer, self.speculator_scheduler, None
 
     def _save_base(self, folder: Path) -> None:
-        save_base(folder, self)
+        save_base(folder, self, self._base_dtype)
 
     def _load_base(self, folder: Path) -> None:
         load_base(folder, self)
+
+
+def _maps_tied(bridge: Any) -> bool:
+    # Not installed where Megatron-Bridge reads the models.
+    from mbridge.core.bridge import Bridge
+
+    return type(bridge)._adjust_mapping_for_shared_weights is not Bridge._adjust_mapping_for_shared_weights

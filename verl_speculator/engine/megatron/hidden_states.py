@@ -83,7 +83,7 @@ class _Tap(nn.Module):
 
 
 def replace_output_layer(model: Any, seen: SeenStates) -> None:
-    """Put a tap in the place of the output layer, whose matrix is let go."""
+    """Put a tap where the output layer stands, whose matrix is let go."""
     model.output_layer = _Tap(model.config.sequence_parallel, seen)
 
 

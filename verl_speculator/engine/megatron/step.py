@@ -197,20 +197,19 @@ class MegatronSpeculatorStep(SpeculatorEngine, MegatronEngineWithLMHead):
 
     def _run_speculator_on(self, forwarded: list[_Forwarded], forward_only: bool) -> None:
         """The loss, and unless `forward_only` its gradient, of all micro-batches, on every rank for its own share."""
-        unit = cast(FSDPModule, self.speculator_unit)
-        unit.set_reshard_after_backward(False)
         while forwarded:
             micro_batch, states, base_loss = forwarded.pop(0)
             packed = self._pack(
                 [self._on_every_stage(key, states, micro_batch) for key in self._state_keys()], micro_batch
             )
-            unit.set_requires_gradient_sync(not forwarded)
+            self._gather_for(is_last=not forwarded)
             loss, sums = self._run_speculator(packed, forward_only)
             if not forward_only:
                 # FSDP averages gradients over all ranks, and each has a different part of the loss.
                 (loss * torch.distributed.get_world_size()).backward()
             self._sums.record(sums, loss, None if self.is_base_frozen else base_loss)
-        unit.reshard()
+        # A forward pass without a backward one leaves it gathered.
+        cast(FSDPModule, self.speculator_unit).reshard()
 
     def _on_every_stage(self, key: int, states: dict[int, Tensor], micro_batch: TensorDict) -> Tensor:
         shape = micro_batch["input_ids"].values().shape[0], self.tf_config.hidden_size

@@ -193,12 +193,13 @@ class Eagle3SpeculatorConfig(SpeculatorConfig):
 
 
 def check_layer_ids(ids: Any, name: str, num_layers: int | None = None) -> None:
-    """Refuse what is no list of distinct layers of a base with so many layers."""
+    """Refuse what is no ascending list of layers of a base with so many layers."""
     is_list = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
     top = _MAX_LAYERS if num_layers is None else num_layers
-    if not is_list or not ids or len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) > top:
+    # Inference engines collect the states on their way through the layers, so in this order.
+    if not is_list or not ids or ids != sorted(set(ids)) or ids[0] < 0 or ids[-1] > top:
         until = "on" if num_layers is None else f"to {num_layers}, the base's number of layers"
-        raise ConfigError(f"{name} must be a list of distinct layers from 0 {until}; not {short(ids)}.")
+        raise ConfigError(f"{name} must be a list of layers in ascending order, from 0 {until}; not {short(ids)}.")
 
 
 def _check_norms(norm_before_fc: bool, fc_norm: bool) -> None:

@@ -14,7 +14,7 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from verl_speculator.models.base_components import ModelComponents, model_classe
 from verl_speculator.models.eagle3.attention import TrainingTimeAttention
 from verl_speculator.models.eagle3.config import Eagle3SpeculatorConfig, Eagle3TrainingArguments, check_layer_ids
 from verl_speculator.models.speculator import Speculator
+
+if TYPE_CHECKING:
+    from verl_speculator.decoding import SamplingParams, StatefulDrafter
 
 # `attend(layer, query, key, value, scaling)`: [1, heads, N, D] each, to [1, N, heads, D].
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -378,6 +381,12 @@ class Eagle3Speculator(Speculator):
         full[..., self.draft_ids] = logits
         return full
 
+    def make_drafter(self, sampling: SamplingParams | None = None) -> StatefulDrafter:
+        """What drafts with it in `speculative_generate`: its likeliest tokens, or tokens drawn as `sampling` says."""
+        from verl_speculator.models.eagle3.drafter import Eagle3Drafter
+
+        return Eagle3Drafter(self, sampling)
+
     # Details of the training-time test
 
     def _trained(
@@ -385,7 +394,7 @@ class Eagle3Speculator(Speculator):
     ) -> Tensor:
         """[ttt_steps, T], bool: where each step trains."""
         if self.t2d is not None and objective.weights.get("ce"):
-            loss_mask_T = loss_mask_T * self.t2d[ids_T]
+            loss_mask_T = loss_mask_T * self.t2d.to(ids_T.device)[ids_T]
         return trained_positions(loss_mask_T, offsets, ttt_steps)
 
     def _draft_labels(self, labels_N: Tensor) -> Tensor:

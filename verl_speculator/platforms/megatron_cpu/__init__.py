@@ -1,6 +1,6 @@
 """Megatron on machines without an accelerator: a platform for development and tests, not for training in earnest.
 
-megatron-core and mbridge take CUDA, TransformerEngine and apex for granted. :func:`emulated_device` answers their calls
+megatron-core and mbridge take CUDA, TransformerEngine and apex for granted. `emulated_device` answers their calls
 with the CPU for as long as it lasts and puts everything back when it ends; nothing is replaced outside of it. Checked
 with megatron-core 0.16.1, mbridge 0.15.1, verl 0.9.1 and torch 2.13.0.
 
@@ -26,10 +26,10 @@ _patches: list[Patch] = []
 
 
 def install() -> None:
-    """Load Megatron and prepare :func:`emulated_device`. Replaces nothing yet; a second call does nothing.
+    """Load Megatron and prepare `emulated_device`. Replaces nothing yet; a second call does nothing.
 
     Raises:
-        ConfigError: this machine has an accelerator, or verl was told to use another platform than ``cpu``.
+        ConfigError: this machine has an accelerator, or verl was told to use another platform than `cpu`.
         ImportError: megatron-core or mbridge is missing.
     """
     if torch.cuda.is_available() or not cpu.is_active():
@@ -50,7 +50,7 @@ def emulated_device() -> Iterator[None]:
     all threads, what it does to tensor calls only by the one that entered.
 
     Raises:
-        RuntimeError: :func:`install` has not been called.
+        RuntimeError: `install` has not been called.
     """
     if not _patches:
         raise RuntimeError("call megatron_cpu.install() first")

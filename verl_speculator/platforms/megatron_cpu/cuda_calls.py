@@ -1,7 +1,7 @@
-"""The functions of ``torch.cuda`` that Megatron calls. Checked with megatron-core 0.16.1, mbridge 0.15.1, torch 2.13.0.
+"""The functions of `torch.cuda` that Megatron calls. Checked with megatron-core 0.16.1, mbridge 0.15.1, torch 2.13.0.
 
-They are replaced in ``torch.cuda`` itself and not in Megatron's modules, because Megatron imports some modules late.
-``torch.cuda.is_available`` stays false, so nobody who asks first is misled.
+They are replaced in `torch.cuda` itself and not in Megatron's modules, because Megatron imports some modules late.
+`torch.cuda.is_available` stays false, so nobody who asks first is misled.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class CausalAttention(MegatronModule):
     ) -> Tensor:
         """[S, B, n, d] and keys and values [S, B, g, d] to [S, B, n * d]; packed input [T, n, d] to [T, n * d]."""
         if packed_seq_params is None:
-            whole = self._attend(*(states.transpose(0, 1) for states in (query, key, value)))
-            return whole.transpose(0, 1).flatten(2)
+            attended = self._attend(*(states.transpose(0, 1) for states in (query, key, value)))
+            return attended.transpose(0, 1).flatten(2)
         starts = packed_seq_params.cu_seqlens_q_padded
         if starts is None:
             starts = packed_seq_params.cu_seqlens_q

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Patch(NamedTuple):
-    """``owner.name``, an attribute of the owner itself and not of a parent, becomes ``replacement``."""
+    """`owner.name`, an attribute of the owner itself and not of a parent, becomes `replacement`."""
 
     owner: Any
     name: str
@@ -17,7 +17,7 @@ class Patch(NamedTuple):
 
 @contextmanager
 def patched(patches: Sequence[Patch]) -> Iterator[None]:
-    """Apply ``patches``, and put back what was there. Nests.
+    """Apply `patches`, and put back what was there. Nests.
 
     Raises:
         RuntimeError: an owner has no such attribute; nothing has been replaced then.

@@ -20,7 +20,7 @@ class CpuRngStatesTracker(random.CudaRNGStatesTracker):
 
     @contextmanager
     def fork(self, name: str = random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Draw from the state ``name``, which keeps its place; the state outside is as before. Nests."""
+        """Draw from the state `name`, which keeps its place; the state outside is as before. Nests."""
         if name not in self.states_:
             raise KeyError(f"random state {name!r} was not added")
         outer_name, outer_state = self._current_state_name, torch.get_rng_state()

@@ -15,7 +15,7 @@ from verl_speculator.platforms.megatron_cpu.patches import Patch, patched
 
 
 class _CudaOnCpu(TorchFunctionMode):
-    """``x.cuda()`` is x, ``device="cuda"`` is the CPU, and ``x.type()`` names the CUDA type.
+    """`x.cuda()` is x, `device="cuda"` is the CPU, and `x.type()` names the CUDA type.
 
     Megatron sorts parameters by that name, and refuses those whose name it does not know.
     """
@@ -43,7 +43,7 @@ def _is_cuda(device: Any) -> bool:
 
 @contextmanager
 def cuda_tensors_on_cpu() -> Iterator[None]:
-    """Let this thread's tensor calls be answered as :class:`_CudaOnCpu` says, in the backward pass too."""
+    """Let this thread's tensor calls be answered as `_CudaOnCpu` says, in the backward pass too."""
     mode = _CudaOnCpu()
     run_backward = torch.autograd._engine_run_backward
 

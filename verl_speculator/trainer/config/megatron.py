@@ -62,6 +62,14 @@ def check_layout(engine: DictConfig, base: BaseSizes) -> None:
         raise ConfigError(
             f"{_TENSOR_KEY}={size} must be a divisor or a multiple of the base model's key-value heads, {groups}"
         )
+    stages = engine.pipeline_model_parallel_size
+    # The engine asks mbridge's class itself, which also knows of types that are not told from here.
+    if stages > 1 and base.model_type == "llama" and base.tie_word_embeddings and _reads_with_mbridge(engine):
+        raise ConfigError(
+            f"{_PIPELINE_KEY}={stages}: mbridge cannot bring the tied embeddings of a llama model to two pipeline "
+            f"stages: set it to 1 and raise {_TENSOR_KEY}, or give engine.vanilla_mbridge=false where Megatron-Bridge "
+            "is there"
+        )
     if base.num_layers is not None:
         _check_pipeline(engine, base.num_layers)
 

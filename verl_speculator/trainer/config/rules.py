@@ -123,6 +123,7 @@ _PositiveInt = Annotated[int, Field(gt=0), _must_be("a positive integer")]
 _PositiveIntOrNull = Annotated[_PositiveInt | None, _must_be("null or a positive integer")]
 _IntFrom0 = Annotated[int, Field(ge=0), _must_be("0 or a positive integer")]
 _Positive = Annotated[int | float, Field(gt=0, lt=math.inf), _must_be("a positive number")]
+_PositiveOrNull = Annotated[_Positive | None, _must_be("null or a positive number")]
 _From0 = Annotated[int | float, Field(ge=0, lt=math.inf), _must_be("0 or a positive number")]
 _Frequency = Annotated[int | Literal["after_each_epoch"], _must_be("an integer or after_each_epoch")]
 _NumberType = Annotated[str | None, _one_of(None, "bf16", "fp32")]
@@ -166,6 +167,8 @@ class _Model(_Section):
     freeze_base_model: _Bool
     save_pytorch_model_bin: _Bool
     detach_hidden_states: _Bool
+    gather_speculator_once: _Bool
+    attend_by_sequence: _Bool
     use_remove_padding: _Bool
     use_fused_kernels: Annotated[bool, _one_of(False, why="fused kernels hide the hidden states that are needed")]
     lora_rank: Annotated[int, _one_of(0, why=_NO_LORA)]
@@ -188,6 +191,7 @@ class _Trainer(_Section):
 
 class _Optim(_Section):
     lr: _Positive
+    base_lr: _PositiveOrNull
     clip_grad: _Positive
 
 
@@ -201,6 +205,12 @@ class _Run(_Section):
     trainer: _Trainer
     engine: _Engine
     optim: _Optim
+
+    @model_validator(mode="after")
+    def _only_a_base_that_trains_has_a_learning_rate(self) -> Self:
+        if self.optim.base_lr is not None and self.model.freeze_base_model:
+            raise ConfigError("optim.base_lr has no meaning while model.freeze_base_model=true: leave it out")
+        return self
 
 
 class _FsdpEngine(_Engine):

@@ -58,6 +58,7 @@ def test_group_overrides_keep_our_defaults(groups) -> None:
     assert config.engine.strategy == "fsdp2"
     assert config.engine.model_dtype is None
     assert config.engine._target_ == "verl.workers.config.FSDPEngineConfig"
+    assert config.optim._target_ == "verl_speculator.engine.optimizer_config.SpeculatorFSDPOptimizerConfig"
     assert config.optim.lr == 1e-4
     assert config.model.speculator.n_predict == 5
 
@@ -65,7 +66,8 @@ def test_group_overrides_keep_our_defaults(groups) -> None:
 def test_megatron_is_a_switch_of_two_groups(defaults) -> None:
     config = load_config(["engine=megatron", "optim=megatron", "model.use_remove_padding=false"])
     assert config.engine._target_ == "verl_speculator.engine.megatron.config.SpeculatorMcoreEngineConfig"
-    assert config.optim._target_ == "verl.workers.config.McoreOptimizerConfig"
+    assert config.optim._target_ == "verl_speculator.engine.optimizer_config.SpeculatorMcoreOptimizerConfig"
+    assert config.optim.base_lr is None
     assert (config.engine.strategy, config.engine.model_dtype, config.engine.vanilla_mbridge) == (
         "megatron",
         None,

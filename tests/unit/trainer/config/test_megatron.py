@@ -217,6 +217,16 @@ def test_megatron_bridge_pads_the_vocabulary(installed) -> None:
     assert layout_of(f"{TP}=4", vocab_size=1202) is None
 
 
+def test_mbridge_and_the_tied_embeddings_of_a_llama() -> None:
+    tied = {"model_type": "llama", "tie_word_embeddings": True}
+    message = layout_of(f"{PP}=2", **tied)
+    assert message.startswith(f"{PP}=2: mbridge cannot bring the tied embeddings of a llama model")
+    assert layout_of(f"{TP}=2", **tied) is None, "one stage has both"
+    assert layout_of(f"{PP}=2", "engine.vanilla_mbridge=false", **tied) is None
+    assert layout_of(f"{PP}=2", **{**tied, "tie_word_embeddings": False}) is None
+    assert layout_of(f"{PP}=2", **{**tied, "model_type": "qwen2"}) is None, "mbridge's Qwen2 knows how"
+
+
 def layers(**ends: int) -> list[str]:
     return [f"+engine.override_transformer_config.num_layers_in_{end}_pipeline_stage={n}" for end, n in ends.items()]
 

@@ -380,8 +380,11 @@ def test_save_path_not_writable(refused, tmp_path, place) -> None:
         ("optim.lr=0", "a positive number"),
         ("optim.lr=fast", "a positive number"),
         ("optim.clip_grad=null", "a positive number"),
+        ("optim.base_lr=0", "null or a positive number"),
         ("model.speculator_loss_coeff=-1", "0 or a positive number"),
         ("model.freeze_base_model=1", "true or false"),
+        ("model.gather_speculator_once=sometimes", "true or false"),
+        ("model.attend_by_sequence=1", "true or false"),
         ("trainer.total_epochs=0", "a positive integer"),
         ("trainer.total_training_steps=0", "null or a positive integer"),
         ("trainer.save_freq=often", "an integer or after_each_epoch"),
@@ -401,6 +404,11 @@ def test_save_path_not_writable(refused, tmp_path, place) -> None:
 def test_values(refused, override, right) -> None:
     key = override.lstrip("+").partition("=")[0]
     assert refused(override).startswith(f"{key} must be {right}")
+
+
+def test_a_frozen_base_has_no_learning_rate(refused, check) -> None:
+    assert refused("optim.base_lr=1e-5").startswith("optim.base_lr has no meaning while model.freeze_base_model=true")
+    check("optim.base_lr=1e-5", "model.freeze_base_model=false")
 
 
 def test_batches_and_processes(refused, check) -> None:
