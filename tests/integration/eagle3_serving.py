@@ -29,8 +29,8 @@ def write_world(folder: Path) -> None:
 
     from tests.integration.serving_world import make_prompts, padded
     from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer
+    from verl_speculator.algorithms.eagle3 import Eagle3Speculator
     from verl_speculator.decoding import generate, speculative_generate
-    from verl_speculator.models.eagle3 import Eagle3Speculator
 
     torch.set_num_threads(1)
     torch.manual_seed(5)

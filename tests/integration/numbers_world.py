@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from tests.integration.needy_adapter import NEEDY
 from tests.integration.reference import PlainTraining
 from tests.support.tiny import VOCAB_SIZE, write_base_model
+from verl_speculator.algorithms.eagle3 import Eagle3Speculator
 from verl_speculator.losses import acceptance_sums
 from verl_speculator.models import (
     ArcticLSTMSpeculator,
@@ -22,7 +23,6 @@ from verl_speculator.models import (
     MLPSpeculatorConfig,
     Speculator,
 )
-from verl_speculator.models.eagle3 import Eagle3Speculator
 
 PACKED = ["data.use_dynamic_bsz=true", "data.max_token_len_per_gpu=64"]
 ONE_ROW = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"]

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.integration.needy_adapter import LAYER_IDS, soft_loss
 from tests.support.eagle3_reference import Reference
+from verl_speculator.algorithms.eagle3 import Eagle3Speculator
 from verl_speculator.losses import PackedHiddenStates
 from verl_speculator.models import Speculator
-from verl_speculator.models.eagle3 import Eagle3Speculator
 
 # As `EAGLE3` of the numbers' world sets them.
 EAGLE3_SETTINGS = {"ttt_steps": 3, "decay": 0.8}

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from tests.integration.test_training import Runs
 from tests.support.tiny import VOCAB_SIZE
+from verl_speculator.algorithms.eagle3 import Eagle3Speculator
 from verl_speculator.models import Speculator
-from verl_speculator.models.eagle3 import Eagle3Speculator
 
 pytestmark = pytest.mark.slow
 

@@ -41,6 +41,12 @@ def save_base_model(folder: Path, module: nn.Module, model_config: Any, dtype: t
             trust_remote_code=model_config.trust_remote_code,
             dtype=next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()),
         )
+    # Tied weights stand in the file once; casting has made tensors of their own of them.
+    seen: set[int] = set()
+    for name, parameter in plain.state_dict(keep_vars=True).items():
+        if id(parameter) in seen:
+            weights.pop(name)
+        seen.add(id(parameter))
     # A model writes its generation settings strictly, and some published ones do not pass.
     plain.generation_config = type(plain.generation_config)()
     plain.save_pretrained(folder / BASE_FOLDER, state_dict=weights)

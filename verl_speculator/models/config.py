@@ -28,7 +28,7 @@ MAX_VOCAB_SIZE = 2**24
 _CONFIG_CLASSES: dict[str, type[SpeculatorConfig]] = {}
 _BY_NAME: dict[str, type[SpeculatorConfig]] = {}
 # Loaded when they are asked for: they need more than torch.
-_OWN_MODULES = {"eagle3": "verl_speculator.models.eagle3"}
+_OWN_MODULES = {"eagle3": "verl_speculator.algorithms.eagle3"}
 ENTRY_POINTS = "verl_speculator.algorithms"
 
 

@@ -20,9 +20,9 @@ from verl_speculator.adapters import (
     load_adapter_class,
 )
 from verl_speculator.adapters.settings import SHARED_DEFAULTS
+from verl_speculator.algorithms.eagle3 import Eagle3Speculator
 from verl_speculator.errors import ConfigError, MissingFileError
 from verl_speculator.losses import PackedHiddenStates
-from verl_speculator.models.eagle3 import Eagle3Speculator
 
 # As a run's configuration has them; two are given.
 SETTINGS = {**SHARED_DEFAULTS, "target_layer_ids": [0, 2], "ttt_steps": 2}
@@ -58,7 +58,7 @@ def with_all(packed: PackedHiddenStates) -> PackedHiddenStates:
 def test_names_lead_to_adapters() -> None:
     assert load_adapter_class("lstm") is LSTMSpeculatorAdapter
     assert load_adapter_class("mlp") is MLPSpeculatorAdapter
-    for spec in ("eagle3", "verl_speculator.models.eagle3.Eagle3Speculator"):
+    for spec in ("eagle3", "verl_speculator.algorithms.eagle3.Eagle3Speculator"):
         found = load_adapter_class(spec)
         assert issubclass(found, ModelAdapter)
         assert found.speculator_class is Eagle3Speculator

@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
+from verl_speculator.algorithms.eagle3 import Eagle3SpeculatorConfig
 from verl_speculator.errors import CheckpointError, MissingFileError
 from verl_speculator.models import ArcticLSTMSpeculatorConfig, MLPSpeculatorConfig, Speculator
-from verl_speculator.models.eagle3 import Eagle3SpeculatorConfig
 
 TRIALS = 100  # for each of five folders
 SECONDS = 60  # of one trial, which takes some milliseconds: more is a hang

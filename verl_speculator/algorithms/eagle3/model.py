@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from verl_speculator.algorithms.eagle3.attention import TrainingTimeAttention
+from verl_speculator.algorithms.eagle3.config import Eagle3SpeculatorConfig, Eagle3TrainingArguments, check_layer_ids
 from verl_speculator.errors import ConfigError, MissingFileError
 from verl_speculator.losses.alignment import chain_rows, head_inputs, head_targets, trained_positions
 from verl_speculator.losses.soft_targets import HeadRows, Objective, SoftTargetsOutput, TargetHead, soft_target_loss
 from verl_speculator.models.base_components import ModelComponents, model_classes, override_components
-from verl_speculator.models.eagle3.attention import TrainingTimeAttention
-from verl_speculator.models.eagle3.config import Eagle3SpeculatorConfig, Eagle3TrainingArguments, check_layer_ids
 from verl_speculator.models.speculator import Speculator
 
 if TYPE_CHECKING:
@@ -384,7 +384,7 @@ class Eagle3Speculator(Speculator):
 
     def make_drafter(self, sampling: SamplingParams | None = None) -> StatefulDrafter:
         """What drafts with it in `speculative_generate`: its likeliest tokens, or tokens drawn as `sampling` says."""
-        from verl_speculator.models.eagle3.drafter import Eagle3Drafter
+        from verl_speculator.algorithms.eagle3.drafter import Eagle3Drafter
 
         return Eagle3Drafter(self, sampling)
 

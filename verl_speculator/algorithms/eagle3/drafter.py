@@ -20,7 +20,7 @@ from verl_speculator.decoding.sampling import SamplingParams, sample
 from verl_speculator.decoding.target import keep_slots
 
 if TYPE_CHECKING:
-    from verl_speculator.models.eagle3.model import Eagle3Speculator
+    from verl_speculator.algorithms.eagle3.model import Eagle3Speculator
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 

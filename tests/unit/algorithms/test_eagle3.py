@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from tests.support.eagle3_reference import Reference
+from verl_speculator.algorithms.eagle3 import Eagle3Speculator, Eagle3SpeculatorConfig, attention
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.losses import Objective
 from verl_speculator.models import Speculator, SpeculatorConfig
-from verl_speculator.models.eagle3 import Eagle3Speculator, Eagle3SpeculatorConfig, attention
 
 H, V, LAYERS = 32, 37, 8
 FLAGS = {"norm_before_residual": False, "norm_before_fc": False, "norm_output": False}

@@ -8,10 +8,10 @@ import torch
 from tests.support.eagle3_reference import Reference
 from tests.unit.decoding.reference import count_sequences, goodness_of_fit, sequence_distribution
 from tests.unit.decoding.support import build_model, greedy_by_transformers, pad_left, random_prompts
+from verl_speculator.algorithms.eagle3 import Eagle3Speculator
+from verl_speculator.algorithms.eagle3.drafter import Eagle3Drafter
 from verl_speculator.decoding import SamplingParams, StatefulDrafter, speculative_generate
 from verl_speculator.errors import ConfigError
-from verl_speculator.models.eagle3 import Eagle3Speculator
-from verl_speculator.models.eagle3.drafter import Eagle3Drafter
 
 VOCAB_SIZE = 9  # so small that drafts of random weights are right now and then
 
