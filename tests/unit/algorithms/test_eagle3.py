@@ -135,6 +135,20 @@ def test_a_batch_that_trains_nothing_has_a_loss_of_zero_and_every_gradient():
     assert all(grad.abs().max() == 0 for grad in gradients(model, loss).values())
 
 
+def test_bfloat16_is_near_and_its_sums_are_float32():
+    """What the rows count for is not rounded to bfloat16: with 1000 rows that alone would be an error of 0.4 %."""
+    model, batch = make_model(norm_output=False), make_batch((200, 150, 120))
+    _, exact, _ = model(**batch)
+    model = model.bfloat16()
+    batch = {key: value.bfloat16() if value.is_floating_point() else value for key, value in batch.items()}
+    _, loss, metrics = model(**batch)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-2)
+    rows = sum(metrics[f"loss_{k}_sum"].item() for k in range(3))
+    assert rows / metrics["loss_total"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert all(grad.dtype == torch.bfloat16 and grad.isfinite().all() for grad in gradients(model, loss).values())
+
+
 def test_memory_does_not_hold_a_mask_of_all_tokens(monkeypatch):
     """The largest tensor of scores is a block's, not one of T x T."""
     sizes = []

@@ -327,14 +327,15 @@ class Eagle3Speculator(Speculator):
 
         step_weights = _step_weights(ttt_steps, ttt_step_loss_decay, ids_T.device)
         total = step_weights @ trained_PT.sum(dim=1).double()
-        scales = step_weights / total.clamp(min=torch.finfo(torch.float32).tiny)
+        sum_dtype = torch.promote_types(outputs[0].dtype, torch.float32)
+        scales = (step_weights / total.clamp(min=torch.finfo(torch.float32).tiny)).to(sum_dtype)
         labels = [head_targets(ids_T, at_N, k) for k, at_N in enumerate(rows.trained_positions)]
         heads = [
             HeadRows(
                 outputs[k],
                 self.lm_head.weight,
                 self._draft_labels(labels[k]),
-                scales[k].to(outputs[k].dtype).expand(len(at_N)),
+                scales[k].expand(len(at_N)),
                 torch.searchsorted(rows.trained_positions[0], at_N + k),
             )
             for k, at_N in enumerate(rows.trained_positions)
@@ -409,7 +410,7 @@ class Eagle3Speculator(Speculator):
         metrics = {"loss": (result.loss.detach() * total, total)}
         correct = []
         for k, labels_N in enumerate(labels):
-            count = torch.tensor(float(len(labels_N)))
+            count = trained_PT[k].sum()
             can_N = torch.ones_like(labels_N, dtype=torch.bool) if self.t2d is None else self.t2d[labels_N]
             correct.append(result.correct[k] & can_N)
             metrics[f"loss_{k}"] = (result.row_losses[k].sum(), count)
