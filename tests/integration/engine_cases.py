@@ -74,7 +74,8 @@ def rank_batch(rows: list, config, engine) -> object:
 
 
 def gradients(engine) -> dict[str, torch.Tensor]:
-    grads = {name: whole_gradient(name, parameter) for name, parameter in engine.speculator_unit.named_parameters()}
+    named = engine.speculator_unit.named_parameters()
+    grads = {name: whole_gradient(name, parameter) for name, parameter in named if parameter.requires_grad}
     if not engine.is_base_frozen:
         grads |= {f"base.{name}": grad for name, grad in base_gradients(engine)}
     return grads
@@ -149,7 +150,7 @@ def run_case(case: dict, output: Path) -> None:
             "base_grads": [name for name, parameter in named if parameter.grad is not None],
             "base_has_optimizer": getattr(engine, "speculator_optimizer", None) is not None and bool(engine.optimizer),
             "optimizer_params": sum(len(group["params"]) for group in speculator_optimizer(engine).param_groups),
-            "speculator_params": len(list(engine.speculator_unit.parameters())),
+            "speculator_params": sum(parameter.requires_grad for parameter in engine.speculator_unit.parameters()),
             "base_modules": [name for module in modules(engine) for name, _ in module.named_modules()],
         }
     with engine.eval_mode(), torch.no_grad():

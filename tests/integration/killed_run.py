@@ -14,7 +14,7 @@ from verl_speculator.trainer.entry import run_trainer
 from verl_speculator.trainer.sft_trainer import train
 
 _saves = 0
-_save = training_state.dcp.save
+_save = training_state.save_sharded
 
 
 def _save_or_die(*args, **kwargs):
@@ -26,5 +26,5 @@ def _save_or_die(*args, **kwargs):
 
 
 if __name__ == "__main__":
-    training_state.dcp.save = _save_or_die
+    training_state.save_sharded = _save_or_die
     sys.exit(run_trainer(train, sys.argv[1:], int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])))

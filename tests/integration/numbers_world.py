@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from tests.integration.needy_adapter import NEEDY
 from tests.integration.reference import PlainTraining
 from tests.support.tiny import VOCAB_SIZE, write_base_model
+from verl_speculator.algorithms.eagle3 import Eagle3Speculator
 from verl_speculator.losses import acceptance_sums
 from verl_speculator.models import (
     ArcticLSTMSpeculator,
@@ -27,6 +29,7 @@ ONE_ROW = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=1"]
 TWO_ROWS = ["data.use_dynamic_bsz=false", "data.micro_batch_size_per_gpu=2"]
 PADDED = ["model.use_remove_padding=false"]
 MLP = "model.speculator_adapter=verl_speculator.adapters.MLPSpeculatorAdapter"
+EAGLE3 = ["model.speculator_type=eagle3", "+model.speculator.ttt_steps=3", "+model.speculator.ttt_step_loss_decay=0.8"]
 JOINT = ["model.freeze_base_model=false", "model.speculator_loss_coeff=0.7", "optim.lr=2e-3", "optim.weight_decay=0"]
 SPECULATOR_LOSS_COEFF = 0.7
 KL, LK = (f"model.speculator.objective={name}" for name in ("kl", "lk"))
@@ -78,8 +81,20 @@ def make_speculators(folder: Path) -> dict[str, Path]:
         "rnn": ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**arctic, **widths, scale_input=True)),
         "mlp_untied": MLPSpeculator(MLPSpeculatorConfig(**arctic, inner_dim=24, tie_weights=False)),
     }
+    for name, settings in {
+        "eagle3": {"t2d": torch.arange(VOCAB_SIZE) % 3 != 1, "num_layers": 2},
+        "eagle3_plain": {"norm_before_fc": False, "norm_output": False, "norm_before_residual": False},
+    }.items():
+        # All three states of the tiny models: embeddings, between the layers, and before the final norm.
+        config = AutoConfig.from_pretrained(folder / "qwen2")
+        speculators[name] = Eagle3Speculator.from_training_args(config, target_layer_ids=[0, 1, 2], **settings)
     for seed, (name, speculator) in enumerate(speculators.items()):
         speculator.reset_parameters(torch.Generator().manual_seed(seed))
+        if isinstance(speculator, Eagle3Speculator):
+            with torch.no_grad():
+                for parameter in speculator.parameters():
+                    # Drawn as for a large model, the logits would be all but equal.
+                    parameter.mul_(10.0 if parameter.dim() > 1 else 1.0)
         speculator.save_pretrained(folder / name)
     return {name: folder / name for name in speculators}
 

@@ -11,8 +11,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from tests.integration.needy_adapter import LAYER_IDS, soft_loss
+from tests.support.eagle3_reference import Reference
+from verl_speculator.algorithms.eagle3 import Eagle3Speculator
 from verl_speculator.losses import PackedHiddenStates
 from verl_speculator.models import Speculator
+
+# As `EAGLE3` of the numbers' world sets them.
+EAGLE3_SETTINGS = {"ttt_steps": 3, "decay": 0.8}
 
 Rows = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -25,7 +30,12 @@ class PlainTraining:
         self.speculator = Speculator.from_pretrained(speculator_folder, dtype=torch.float64)
 
     def speculator_loss(self, rows: Rows, *, detach: bool, objective: str = "ce") -> torch.Tensor:
-        """Mean over heads of each head's mean loss over its trained positions: the cross entropy, or kl or lk."""
+        """Mean over heads of each head's mean loss over its trained positions: the cross entropy, or kl or lk.
+
+        Of EAGLE-3 its own loss.
+        """
+        if isinstance(self.speculator, Eagle3Speculator):
+            return self.eagle3_loss(rows)
         n_predict = self.speculator.n_predict
         losses: list[list[torch.Tensor]] = [[] for _ in range(n_predict)]
         for ids, mask in rows:
@@ -46,6 +56,28 @@ class PlainTraining:
                             losses[head].append(_against_target(row, base_logits[target - 1].detach(), objective))
         means = [torch.stack(head).mean() if head else torch.zeros((), dtype=torch.float64) for head in losses]
         return torch.stack(means).mean()
+
+    def eagle3_loss(self, rows: Rows) -> torch.Tensor:
+        """The mean over all trained rows of the divergence from the base, each sequence on its own."""
+        reference = Reference(self.speculator)
+        head = self.base.get_output_embeddings().weight.detach()
+        sums, total = [], 0.0
+        for ids, mask in rows:
+            with torch.no_grad():
+                last, layers = self.states(ids)
+            aux = torch.cat([layers[i] for i in self.speculator.target_layer_ids], dim=-1)
+            part, weight = reference.loss(aux, ids, mask, last, head, **EAGLE3_SETTINGS)
+            sums, total = [*sums, part], total + weight
+        return torch.stack(sums).sum() / total
+
+    def states(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The last hidden states [S, H], and the residual stream after 0, 1, ... layers."""
+        after_last: list[torch.Tensor] = []
+        hook = self.base.model.layers[-1].register_forward_hook(lambda module, args, output: after_last.append(output))
+        states = self.base(ids[None], output_hidden_states=True).hidden_states
+        hook.remove()
+        # transformers gives the last layer's states after the norm only.
+        return states[-1][0], [*(layer[0] for layer in states[:-1]), after_last[0][0]]
 
     def soft_loss(self, rows: Rows, *, detach: bool) -> torch.Tensor:
         """What `NeedyAdapter` adds, from the states that transformers itself gives out."""

@@ -272,7 +272,9 @@ def test_server_with_the_openai_client(server, world, reference) -> None:
     assert len(whole) > 0
 
     text = log.read_text()
-    assert f"curl {address}/v1/chat/completions" in text
+    [command] = [line for line in text.splitlines() if line.startswith("curl ") and "/v1/chat/completions" in line]
+    called = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(called.stdout)["usage"]["completion_tokens"] > 1
     assert text.count("Drafting with the ArcticLSTMSpeculator") == 2, "each rank has a whole copy"
 
 

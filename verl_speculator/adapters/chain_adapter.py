@@ -10,7 +10,14 @@ from torch.nn import functional as F
 
 from verl_speculator.adapters.interface import SpeculatorAdapter
 from verl_speculator.adapters.needs import AdapterNeeds
-from verl_speculator.adapters.settings import SECTION, SHARED_DEFAULTS, base_model_sizes, build_config, own_settings
+from verl_speculator.adapters.settings import (
+    SECTION,
+    SHARED_DEFAULTS,
+    base_model_sizes,
+    build_config,
+    config_settings,
+    own_settings,
+)
 from verl_speculator.errors import ConfigError
 from verl_speculator.losses import (
     Objective,
@@ -40,7 +47,7 @@ class ChainSpeculatorAdapter(SpeculatorAdapter):
     def validate_settings(self) -> None:
         # The base's sizes are not known yet; any positive ones let the other values be checked.
         config = self._build_config(input_hidden_dim=1, vocab_size=1)
-        given = self._setting("objective")
+        given = self._setting("objective") or "ce"
         weights = given if isinstance(given, Mapping) else {given: 1.0}
         self._head_loss_weights = self._setting("head_loss_weights")
         try:
@@ -75,7 +82,7 @@ class ChainSpeculatorAdapter(SpeculatorAdapter):
         return acceptance_sums(self.speculator, packed)
 
     def _build_config(self, **sizes: Any) -> ChainSpeculatorConfig:
-        own = own_settings(self.config_class, self.settings, also=_TRAINING_SETTINGS)
+        own = own_settings(config_settings(self.config_class), self.settings, also=_TRAINING_SETTINGS)
         return build_config(self.config_class, own, **sizes)
 
     def _setting(self, key: str) -> Any:

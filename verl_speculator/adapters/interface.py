@@ -1,17 +1,14 @@
-"""What an engine asks of a speculator type, and how the adapter named in a configuration is found."""
+"""What an engine asks of a speculator type."""
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from verl_speculator.adapters.needs import AdapterNeeds
-from verl_speculator.errors import ConfigError
 from verl_speculator.losses import (
     PackedHiddenStates,
     acceptance_metrics,
@@ -19,9 +16,6 @@ from verl_speculator.losses import (
     speculator_metrics,
 )
 from verl_speculator.models import Speculator
-from verl_speculator.models.importing import import_attribute, import_from_file
-
-ADAPTER_KEY = "model.speculator_adapter"
 
 
 class SpeculatorAdapter(ABC):
@@ -89,39 +83,3 @@ class SpeculatorAdapter(ABC):
         """Averages from the added-up sums and counts of the two methods above; needs no speculator."""
         heads = [key for key in sums if key.startswith("head_") and key.endswith("/count")]
         return speculator_metrics(sums, len(heads)) | acceptance_metrics(sums)
-
-
-def build_speculator_adapter(spec: Any, settings: Mapping[str, Any]) -> SpeculatorAdapter:
-    """The adapter that `model.speculator_adapter` names, built with the settings of `model.speculator`.
-
-    Args:
-        spec: A dotted name, `{"fqn": dotted name}`, or `{"path": file, "name": class}`.
-
-    Raises:
-        ConfigError: The name does not import, is not an adapter, or the settings do not fit it.
-    """
-    return load_adapter_class(spec)(settings)
-
-
-def load_adapter_class(spec: Any) -> type[SpeculatorAdapter]:
-    """Find the class without building it; errors as in `build_speculator_adapter`."""
-    if isinstance(spec, str):
-        name, found = spec, import_attribute(spec, ADAPTER_KEY)
-    elif isinstance(spec, Mapping) and set(spec) == {"fqn"}:
-        name = str(spec["fqn"])
-        found = import_attribute(name, ADAPTER_KEY)
-    elif isinstance(spec, Mapping) and set(spec) == {"path", "name"}:
-        name = str(spec["name"])
-        found = import_from_file(Path(str(spec["path"])).expanduser(), name, ADAPTER_KEY)
-    else:
-        raise ConfigError(
-            f"{ADAPTER_KEY} must be a dotted name, {{fqn: dotted.name}} or {{path: file.py, name: Class}}, got {spec!r}"
-        )
-    if not (isinstance(found, type) and issubclass(found, SpeculatorAdapter)):
-        raise ConfigError(
-            f"{ADAPTER_KEY}: {name!r} is no adapter; name a subclass of verl_speculator.adapters.SpeculatorAdapter"
-        )
-    if inspect.isabstract(found):
-        missing = ", ".join(sorted(found.__abstractmethods__))
-        raise ConfigError(f"{ADAPTER_KEY}: {name!r} is no complete adapter; it must define {missing}")
-    return found

@@ -24,7 +24,7 @@ SHARED_DEFAULTS: Mapping[str, Any] = {
     "tie_weights": True,
     "tie_lstm_embs": False,
     "method": "sum_rnn",
-    "objective": "ce",
+    "objective": None,
     "objective_temperature": 1.0,
     "head_loss_weights": None,
 }
@@ -32,19 +32,21 @@ SHARED_DEFAULTS: Mapping[str, Any] = {
 _BASE_FIELDS = ("input_hidden_dim", "vocab_size", "base_model_name_or_path", "base_model_archs")
 
 
-def own_settings(
-    config_class: type[SpeculatorConfig], settings: Mapping[str, Any], also: Collection[str] = ()
-) -> dict[str, Any]:
-    """Those settings that `config_class` has a field for.
+def config_settings(config_class: type[SpeculatorConfig]) -> list[str]:
+    """The fields of a configuration that a user sets."""
+    return [field.name for field in dataclasses.fields(config_class) if field.name not in _BASE_FIELDS]
+
+
+def own_settings(known: Collection[str], settings: Mapping[str, Any], also: Collection[str] = ()) -> dict[str, Any]:
+    """Those settings that are `known`.
 
     Args:
-        also: Settings that mean something to the adapter and are no part of the configuration.
+        also: Settings that mean something to the adapter and are not wanted.
 
     Raises:
         ConfigError: A key that it does not have, with the nearest that it has; unless that is a shared one which
             nobody has given a meaning: left at its default, or a width made equal to `inner_dim`.
     """
-    known = [field.name for field in dataclasses.fields(config_class) if field.name not in _BASE_FIELDS]
     accepted = {*known, *also, *SHARED_DEFAULTS}
     for key in settings:
         if key not in accepted:

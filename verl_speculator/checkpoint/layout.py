@@ -3,9 +3,10 @@
     <trainer.default_local_dir>/
         latest_checkpointed_iteration.txt      verl's name for the file that holds the newest step
         global_step_N/
-            speculator/      config.json, model.safetensors, pytorch_model.bin
+            speculator/      config.json, model.safetensors, pytorch_model.bin: what is served
             huggingface/     the base model (joint training only)
-            resume/          optimizer, scheduler, random states, data position; checksums of speculator/ and resume/
+            resume/          what training goes on from: weights in their training type, optimizer, scheduler, random
+                             states, data position; checksums of speculator/ and resume/
             run_config.yaml
 
 A checkpoint is written to a hidden folder beside its final place. When every process has finished, a commit record
@@ -36,6 +37,8 @@ RUN_CONFIG_FILE = "run_config.yaml"
 CHECKSUMS_FILE = f"{RESUME_FOLDER}/checksums.json"
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 
+# Of torch.distributed.checkpoint, which earlier versions wrote.
+_PICKLED_METADATA = f"{RESUME_FOLDER}/optimizer/.metadata"
 _COMMIT_RECORD = ".commit"
 _STEP_FOLDER = re.compile(r"global_step_(\d+)")
 _READ_SIZE = 1 << 22
@@ -109,6 +112,11 @@ def check_intact(folder: str | os.PathLike[str]) -> None:
     Raises:
         CheckpointError: one is missing, cut short or changed.
     """
+    if (Path(folder) / _PICKLED_METADATA).exists():
+        raise CheckpointError(
+            f"{folder} was written by an earlier version, and reading its optimizer state could run code in it: "
+            f"start from its weights with model.speculator_path={folder} and another trainer.default_local_dir"
+        )
     advice = f"remove {folder} to go on from the checkpoint before it"
     try:
         expected = json.loads((Path(folder) / CHECKSUMS_FILE).read_text())

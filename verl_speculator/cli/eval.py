@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -155,16 +154,9 @@ def import_file(file: Path) -> None:
     """Run a file of the user's for the speculator types that it registers."""
     if not file.is_file():
         raise MissingFileError(f"--import: there is no file {str(file)!r}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--import: {str(file)!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        # What the user's own code raises has no common type.
-        raise ConfigError(f"--import: {str(file)!r} fails with {type(error).__name__}: {error}") from error
+    from verl_speculator.models import importing
+
+    importing.import_file(file, "--import")
 
 
 class _ProgressBars:

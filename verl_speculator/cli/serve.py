@@ -90,8 +90,8 @@ def _has_vllm_command() -> bool:
 
 def how_to_call(base: str, options: Sequence[Option]) -> str:
     """Commands that ask the server for an answer and for its acceptance counters."""
-    host = "".join(values_of(options, "--host", "--ho")[:1]) or LOCALHOST
-    host = "localhost" if host in (LOCALHOST, "0.0.0.0", "::") else host
+    host = "".join(values_of(options, "--host", "--ho")[:1])
+    host = "localhost" if host in ("", "0.0.0.0", "::") else host
     port = "".join(values_of(options, "--port", "--po")[:1]) or "8000"
     name = "".join(values_of(options, "--served-model-name", "--ser")[:1]) or base
     needs_key = values_of(options, "--api-key", "--api-k") or os.environ.get("VLLM_API_KEY")

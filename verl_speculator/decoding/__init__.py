@@ -1,6 +1,6 @@
 """Reference decoding on a Hugging Face model, plain and speculative, and the arithmetic of acceptance."""
 
-from verl_speculator.decoding.drafters import Draft, DraftContext, Drafter, SpeculatorDrafter
+from verl_speculator.decoding.drafters import Draft, DraftContext, Drafter, SpeculatorDrafter, StatefulDrafter
 from verl_speculator.decoding.intervals import (
     Interval,
     acceptance_length_interval,
@@ -25,6 +25,7 @@ __all__ = [
     "NgramDrafter",
     "SamplingParams",
     "SpeculatorDrafter",
+    "StatefulDrafter",
     "TargetForwards",
     "acceptance_length_interval",
     "generate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -66,6 +67,37 @@ class Drafter(Protocol):
         ...
 
 
+@runtime_checkable
+class StatefulDrafter(Drafter, Protocol):
+    """A drafter that keeps something of each row, such as a KV cache, and reads the target's inner layers.
+
+    It is told of every token with the states at the position before it, in the order of the text: by `start` of the
+    prompt's, by `advance` of those that a round has added. `select` says which rows go on. One generation at a time.
+    """
+
+    @property
+    def aux_hidden_state_layer_ids(self) -> Sequence[int]:
+        """Whose states these are, side by side. Id i is the residual stream after i layers, in ascending order."""
+        ...
+
+    def start(self, tokens: Tensor, lengths: Tensor, aux_hidden_states: Tensor) -> None:
+        """Begin with rows of `lengths` [B] tokens at the right end of `tokens` [B, S].
+
+        Args:
+            tokens: Those that follow the positions of the prompt, so the last is the first one generated.
+            aux_hidden_states: [B, S, A * H] of the positions before.
+        """
+        ...
+
+    def advance(self, tokens: Tensor, counts: Tensor, aux_hidden_states: Tensor) -> None:
+        """Each row has gained the first `counts` [B] of its `tokens` [B, Q]; states [B, Q, A * H] as in `start`."""
+        ...
+
+    def select(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch, in this order."""
+        ...
+
+
 class GreedyDraftHead(Protocol):
     """The part of `ChainSpeculator` that greedy drafts need."""
 
@@ -113,13 +145,15 @@ class SpeculatorDrafter:
 
 
 def as_drafter(drafter: GreedyDraftHead | Drafter, sampling: SamplingParams, draft_sampling: DraftSampling) -> Drafter:
-    """A drafter as it is, a speculator behind `SpeculatorDrafter`.
+    """A drafter as it is, a speculator behind its own (`make_drafter`) or behind `SpeculatorDrafter`.
 
     Raises:
         ConfigError: `draft_sampling` is unknown, or asks for sampled drafts of what is no speculator.
     """
     if draft_sampling not in ("greedy", "random"):
         raise ConfigError(f'draft_sampling must be "greedy" or "random", not "{draft_sampling}".')
+    if hasattr(drafter, "make_drafter"):
+        return drafter.make_drafter(sampling if draft_sampling == "random" else None)
     if not isinstance(drafter, Drafter):
         return SpeculatorDrafter(drafter, sampling if draft_sampling == "random" else None)
     if draft_sampling == "random" and not isinstance(drafter, SpeculatorDrafter):

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from verl_speculator.decoding.batch import Batch, Limits, Transcript
-from verl_speculator.decoding.drafters import Draft, Drafter, DraftSampling, GreedyDraftHead, as_drafter
+from verl_speculator.decoding.drafters import (
+    Draft,
+    Drafter,
+    DraftSampling,
+    GreedyDraftHead,
+    StatefulDrafter,
+    as_drafter,
+)
 from verl_speculator.decoding.results import DecodingResult
 from verl_speculator.decoding.sampling import SamplingParams
 from verl_speculator.decoding.target import Target
@@ -109,12 +116,18 @@ def _decode(
     _check_settings(settings, input_ids.device)
     max_position = _max_position(model, input_ids.size(1) + settings.limits.max_new_tokens)
     clock = PhaseClock(input_ids.device)
-    with Target(model) as target:
+    stateful = drafter if isinstance(drafter, StatefulDrafter) else None
+    with Target(model, stateful.aux_hidden_state_layer_ids if stateful else ()) as target:
         hidden, logits = target.prefill(input_ids, mask)
         first, _ = settings.verify(Draft(input_ids[:, :0]), logits[:, None])
         transcript = Transcript(first[:, 0].tolist(), settings.limits)
         batch = Batch(target, torch.cat([input_ids, first], dim=1), hidden, mask.sum(-1).tolist())
-        batch.keep(transcript.unfinished(batch.row_ids))
+        going_on = transcript.unfinished(batch.row_ids)
+        if stateful:
+            following = torch.cat([input_ids[:, 1:], first], dim=1)
+            stateful.start(following, mask.sum(-1), target.take_aux())
+            stateful.select(going_on)
+        batch.keep(going_on)
         clock.lap("prefill")
         while batch.row_ids:
             draft = Draft(batch.no_drafts())
@@ -129,7 +142,11 @@ def _decode(
                 batch.row_ids, tokens.tolist(), kept, _lengths(draft), strict=True
             ):
                 transcript.add_round(row, new, num_kept, num_drafted)
-            batch.advance(transcript.unfinished(batch.row_ids), kept, tokens, hidden)
+            going_on = transcript.unfinished(batch.row_ids)
+            if stateful:
+                stateful.advance(tokens, accepted + 1, target.take_aux())
+                stateful.select(going_on)
+            batch.advance(going_on, kept, tokens, hidden)
             clock.lap("other")
     return DecodingResult(
         transcript.tokens,

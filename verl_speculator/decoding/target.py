@@ -8,11 +8,12 @@ is what sliding windows and models without position ids rely on.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from verl_speculator.errors import ConfigError
@@ -24,24 +25,45 @@ class Target:
     Logits are those of the model's own forward pass, with whatever scaling or soft-capping it does after `lm_head`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, aux_layer_ids: Sequence[int] = ()) -> None:
+        """With `aux_layer_ids` it also notes the residual stream after so many layers, for `take_aux`."""
         self._num_layers = _check_supported(model)
         self._model = model
         self._arguments = set(inspect.signature(model.forward).parameters)
         # A plain cache also for sliding-window layers: theirs forgets slots, and could not give back rejected ones.
         self._cache = DynamicCache()
         self._hidden: list[Tensor] = []
-        self._hook: Any = None
+        self._aux_layer_ids = tuple(aux_layer_ids)
+        self._aux: dict[int, Tensor] = {}
+        self._hooks: list[Any] = []
         self.num_forwards = 0
 
     def __enter__(self) -> Target:
-        self._hook = self._model.get_output_embeddings().register_forward_pre_hook(
-            lambda module, args: self._hidden.append(args[0])
-        )
+        head = self._model.get_output_embeddings()
+        self._hooks = [head.register_forward_pre_hook(lambda module, args: self._hidden.append(args[0]))]
+        layers: Sequence[nn.Module] = _decoder_layers(self._model) if self._aux_layer_ids else []
+        for layer_id in self._aux_layer_ids:
+            if not 0 <= layer_id <= len(layers):
+                self.__exit__(None, None, None)
+                raise ConfigError(
+                    f"the speculator reads the states after layer {layer_id}, and the base model has {len(layers)} "
+                    "layers: give the base model that it was trained on"
+                )
+            # What goes into a layer; after the last one what comes out.
+            if layer_id < len(layers):
+                hook = layers[layer_id].register_forward_pre_hook(_note_input(self._aux, layer_id), with_kwargs=True)
+            else:
+                hook = layers[-1].register_forward_hook(_note_output(self._aux, layer_id))
+            self._hooks.append(hook)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+    def take_aux(self) -> Tensor:
+        """The states of the layers asked for, of every position of the last forward pass: [B, Q, A * H]."""
+        return torch.cat([self._aux[layer_id] for layer_id in self._aux_layer_ids], dim=-1)
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden state `[B, H]` and logits `[B, V]` after the prompts `[B, S]`, padded on the left.
@@ -110,6 +132,30 @@ def keep_slots(values: Tensor, rows: list[int], ends: list[int], width: int, dim
     slots = (torch.tensor(starts, device=values.device)[:, None] + offsets).clamp(min=0)
     first = torch.arange(len(rows), device=values.device)[:, None]
     return values.movedim(dim, 1)[first, slots].movedim(1, dim)
+
+
+def _decoder_layers(model: Any) -> list[nn.Module]:
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    # The outermost list of that length: modules() gives a parent before what is in it.
+    lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    layers = next((module for module in lists if len(module) == count), None)
+    if layers is None:
+        raise _unsupported(model, f"its {count} decoder layers were not found, whose states the speculator reads")
+    return list(layers)
+
+
+def _note_input(aux: dict[int, Tensor], layer_id: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        aux[layer_id] = args[0] if args else kwargs["hidden_states"]
+
+    return hook
+
+
+def _note_output(aux: dict[int, Tensor], layer_id: int) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        aux[layer_id] = output[0] if isinstance(output, tuple) else output
+
+    return hook
 
 
 def _check_supported(model: Any) -> int:

@@ -15,9 +15,11 @@ class SpeculatorModelConfig(HFModelConfig):
     """verl's model configuration with the keys of a speculator; see `configs/speculator_sft.yaml` for each."""
 
     speculator: dict[str, Any] = field(default_factory=dict)
+    speculator_type: str | None = None
     speculator_adapter: Any = None
     speculator_path: str | None = None
     speculator_dtype: str | None = None
+    save_pytorch_model_bin: bool = True
     speculator_loss_coeff: float = 1.0
     gather_speculator_once: bool = True
     attend_by_sequence: bool = True

@@ -24,7 +24,6 @@ from verl.workers.engine.base import BaseEngine
 from verl_speculator.adapters import AdapterNeeds, SpeculatorAdapter, build_speculator_adapter
 from verl_speculator.checkpoint.layout import BASE_FOLDER
 from verl_speculator.checkpoint.training_state import (
-    load_speculator,
     load_training_state,
     save_speculator,
     save_training_state,
@@ -258,7 +257,8 @@ class SpeculatorEngine(BaseEngine):
     ) -> None:
         """Write this step's files into `local_path`; every rank must call it."""
         folder = Path(local_path)
-        save_speculator(folder, self.adapter.speculator, self.speculator_unit, PREFIX)
+        pytorch_bin = self.model_config.save_pytorch_model_bin
+        save_speculator(folder, self.adapter.speculator, self.speculator_unit, PREFIX, pytorch_bin=pytorch_bin)
         save_training_state(folder, *self._training_state())
         if not self.is_base_frozen:
             self._save_base(folder)
@@ -280,7 +280,6 @@ class SpeculatorEngine(BaseEngine):
                 f"trained with it: go on with that, or freeze the trained base with model.path={folder / BASE_FOLDER} "
                 f"model.speculator_path={folder} and another trainer.default_local_dir"
             )
-        load_speculator(folder, self.speculator_unit, PREFIX)
         load_training_state(folder, *self._training_state())
         if not self.is_base_frozen:
             self._load_base(folder)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from verl.utils.device import get_device_name
 from verl.utils.fsdp_utils import fsdp2_load_full_state_dict
 
 from verl_speculator.adapters import SpeculatorAdapter
@@ -52,7 +53,11 @@ def build_speculator(adapter: SpeculatorAdapter, base: nn.Module, path: str | No
             return adapter.build_speculator_module(base).float()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return adapter.build_speculator_module(base).float()
+        speculator = adapter.build_speculator_module(base).float()
+    if "torch_dtype" not in adapter.settings and get_device_name() == "cpu":
+        # The type of its checkpoints' `speculator/`: bfloat16 is for the machines that it is fast on.
+        speculator.config.torch_dtype = "float32"
+    return speculator
 
 
 def shard(unit: nn.Module, mesh: Any, policy: MixedPrecisionPolicy) -> None:

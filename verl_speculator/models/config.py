@@ -28,7 +28,7 @@ MAX_VOCAB_SIZE = 2**24
 _CONFIG_CLASSES: dict[str, type[SpeculatorConfig]] = {}
 _BY_NAME: dict[str, type[SpeculatorConfig]] = {}
 # Loaded when they are asked for: they need more than torch.
-_OWN_MODULES = {"eagle3": "verl_speculator.models.eagle3"}
+_OWN_MODULES = {"eagle3": "verl_speculator.algorithms.eagle3"}
 ENTRY_POINTS = "verl_speculator.algorithms"
 
 
@@ -212,7 +212,10 @@ class SpeculatorConfig:
         """
         name = values.get("speculators_model_type")
         config_class = cls._class_for(values.get("architectures")) if name is None else cls._class_named(name)
-        fields = config_class._fields_from_file(values)
+        try:
+            fields = config_class._fields_from_file(values)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ConfigError(f"a value has another type than a {config_class.__name__} can have ({error}).") from error
         known = [field for field in dataclasses.fields(config_class) if field.init]
         names = [field.name for field in known]
         absent = [name for name in names if name not in fields]

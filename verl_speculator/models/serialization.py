@@ -38,8 +38,12 @@ _MAX_EXTRA_BYTES = 64 * 2**20
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _METADATA_KEY = "verl_speculator"
-# Keys of `config.json` that may be edited later: they do not change what the weights compute.
-_FREE_KEYS = ("base_model_name_or_path", "base_model_archs", "torch_dtype", "transformers_version")
+# Keys of `config.json` that may be edited later: they do not change what the weights compute. (Without
+# `speculators_model_type` a speculator is found by its `architectures`.)
+_FREE_KEYS = (
+    *("base_model_name_or_path", "base_model_archs", "torch_dtype", "transformers_version"),
+    "speculators_model_type",
+)
 
 Tensors = dict[str, torch.Tensor]
 

@@ -251,9 +251,14 @@ class Speculator(nn.Module, ABC):
             model_class = _model_class(cls, config)
         except ConfigError as error:
             raise CheckpointError(f"{config_file} is not usable: {error}") from error
-        # Without storage a parameter that the file forgot could not pass for a loaded one.
-        with torch.device("meta"):
-            speculator = model_class(config)
+        try:
+            # Without storage a parameter that the file forgot could not pass for a loaded one.
+            with torch.device("meta"):
+                speculator = model_class(config)
+        except Exception as error:
+            # The layers may be another package's, which has errors of its own for values that it cannot use.
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise CheckpointError(f"{config_file} is not usable: no model can be built from it ({reason}).") from error
         views = speculator.file_views(speculator.state_dict())
         copies = serialization.copy_names(views, speculator.tied_copies())
         # Of the widest type, and with every tied copy written out, as other projects do.
@@ -279,3 +284,15 @@ def _model_class(wanted: type[SpeculatorT], config: SpeculatorConfig) -> type[Sp
             f"architectures {config.architectures[0]} is a {model_class.__name__}, not a {wanted.__name__}."
         )
     return model_class
+
+
+def config_class_of(model_class: type[Speculator]) -> type[SpeculatorConfig]:
+    """The configuration class that a model is registered with.
+
+    Raises:
+        ConfigError: It is not registered.
+    """
+    for config_class, registered in _MODEL_CLASSES.items():
+        if registered is model_class:
+            return config_class
+    raise ConfigError(f"{model_class.__name__} is not registered: put @Speculator.register(NAME) on it.")

@@ -1,4 +1,4 @@
-"""vLLM's command line as vLLM reads it, without loading vLLM. Checked on 0.28 and 0.32.
+"""vLLM's command line as vLLM reads it, without loading vLLM. Checked on 0.28.
 
 vLLM takes `_` for `-` in a name, unambiguous beginnings of names, `--name=value`, and `--name.key value` for an entry
 of a name's JSON. Dotted entries replace the whole JSON that stands elsewhere on the line.

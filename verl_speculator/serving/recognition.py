@@ -9,6 +9,7 @@ from typing import Any
 from verl_speculator.base_model.files import is_hub_name
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.models import SpeculatorConfig
+from verl_speculator.models.config import algorithm_names, config_class_named
 from verl_speculator.models.serialization import CONFIG_NAME, WEIGHT_PATTERNS, find_folder, read_config
 
 
@@ -55,14 +56,21 @@ def find_speculator(name: str, revision: str | None = None) -> ServedSpeculator 
 
 
 def is_speculator(values: dict[str, Any]) -> bool:
-    """Whether the contents of a `config.json` name an architecture that `models` has."""
+    """Whether the contents of a `config.json` name a speculator of ours that vLLM cannot draft with by itself.
+
+    Those that it can, such as EAGLE-3, are left to it.
+    """
+    name = values.get("speculators_model_type")
+    if name is not None:
+        return name in algorithm_names() and not config_class_named(name).served_by_vllm
     architectures = values.get("architectures")
     names = architectures if isinstance(architectures, list) else [architectures]
     return any(isinstance(name, str) and name in known_architectures() for name in names)
 
 
 def known_architectures() -> set[str]:
-    return set().union(*(config_class.architectures for config_class in _subclasses(SpeculatorConfig)))
+    ours = (config_class for config_class in _subclasses(SpeculatorConfig) if not config_class.served_by_vllm)
+    return set().union(*(config_class.architectures for config_class in ours))
 
 
 def number_of_drafts(config: SpeculatorConfig, wanted: int | None) -> int:

@@ -71,6 +71,8 @@ def test_address_in_the_call(monkeypatch) -> None:
     assert '"model": "tiny"' in text
     assert "Bearer $VLLM_API_KEY" in text
     assert "secret" not in text
+    assert "curl http://localhost:8000/v1" in call()
+    assert "curl http://127.0.0.1:8000/v1" in call("--host", "127.0.0.1")
     assert "curl http://10.1.2.3:8000/v1" in call("--host", "10.1.2.3")
     assert "curl http://[fd00::1]:8000/v1" in call("--host", "fd00::1")
     assert "Bearer" not in call()

@@ -15,10 +15,11 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
+from verl_speculator.algorithms.eagle3 import Eagle3SpeculatorConfig
 from verl_speculator.errors import CheckpointError, MissingFileError
 from verl_speculator.models import ArcticLSTMSpeculatorConfig, MLPSpeculatorConfig, Speculator
 
-TRIALS = 125  # for each of four folders
+TRIALS = 100  # for each of five folders
 SECONDS = 60  # of one trial, which takes some milliseconds: more is a hang
 
 SIZES = {"input_hidden_dim": 18, "vocab_size": 37, "n_predict": 3, "base_model_name_or_path": "owner/base"}
@@ -28,6 +29,21 @@ FOLDERS = {
     "ours": MLPSpeculatorConfig(**SIZES, inner_dim=24),
     "ours_lstm": ArcticLSTMSpeculatorConfig(**SIZES, **WIDTHS, method="sum_lstm"),
     "pickle_only": MLPSpeculatorConfig(**SIZES, inner_dim=24, tie_weights=False, scale_input=True),
+    "eagle3": Eagle3SpeculatorConfig(
+        **SIZES,
+        transformer_layer_config={
+            "model_type": "llama",
+            "hidden_size": 18,
+            "intermediate_size": 20,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+            "vocab_size": 37,
+            "rms_norm_eps": 1e-6,
+        },
+        draft_vocab_size=20,
+        eagle_aux_hidden_state_layer_ids=[0, 1],
+    ),
     "sharded": ArcticLSTMSpeculatorConfig(**SIZES, **WIDTHS, tie_weights=False),
 }
 # Free text, whatever it says. That an engine is to use another type is no other speculator either.

@@ -15,7 +15,8 @@ import pytest
 
 from tests.unit.serving.conftest import HEADS, HIDDEN, VOCAB
 from verl_speculator.errors import CheckpointError, ConfigError
-from verl_speculator.models import ArcticLSTMSpeculatorConfig, MLPSpeculatorConfig
+from verl_speculator.models import ArcticLSTMSpeculatorConfig, MLPSpeculatorConfig, SpeculatorConfig
+from verl_speculator.models.config import config_class_named
 from verl_speculator.serving.recognition import (
     find_speculator,
     known_architectures,
@@ -227,3 +228,15 @@ def test_number_of_drafts() -> None:
     for wanted in (0, HEADS + 1):
         with pytest.raises(ConfigError, match=rf"from 1 to the speculator's n_predict \({HEADS}\), not {wanted}"):
             number_of_drafts(config, wanted)
+
+
+def test_what_vllm_drafts_with_by_itself_is_left_to_it(tmp_path) -> None:
+    """Whether or not this process has loaded our class of it."""
+    values = {"architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "speculators_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert find_speculator(str(tmp_path)) is None
+    assert SpeculatorConfig in config_class_named("eagle3").__mro__
+    assert "Eagle3Speculator" not in known_architectures()
+    for name in ("dflash", "no such"):
+        (tmp_path / "config.json").write_text(json.dumps({"speculators_model_type": name}))
+        assert find_speculator(str(tmp_path)) is None

@@ -165,6 +165,7 @@ class _Model(_Section):
     speculator_dtype: _NumberType
     speculator_loss_coeff: _From0
     freeze_base_model: _Bool
+    save_pytorch_model_bin: _Bool
     detach_hidden_states: _Bool
     gather_speculator_once: _Bool
     attend_by_sequence: _Bool

@@ -14,18 +14,21 @@ import functools
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from verl_speculator.algorithms.eagle3.attention import TrainingTimeAttention
+from verl_speculator.algorithms.eagle3.config import Eagle3SpeculatorConfig, Eagle3TrainingArguments, check_layer_ids
 from verl_speculator.errors import ConfigError, MissingFileError
 from verl_speculator.losses.alignment import chain_rows, head_inputs, head_targets, trained_positions
 from verl_speculator.losses.soft_targets import HeadRows, Objective, SoftTargetsOutput, TargetHead, soft_target_loss
 from verl_speculator.models.base_components import ModelComponents, model_classes, override_components
-from verl_speculator.models.eagle3.attention import TrainingTimeAttention
-from verl_speculator.models.eagle3.config import Eagle3SpeculatorConfig, Eagle3TrainingArguments, check_layer_ids
 from verl_speculator.models.speculator import Speculator
+
+if TYPE_CHECKING:
+    from verl_speculator.decoding import SamplingParams, StatefulDrafter
 
 # `attend(layer, query, key, value, scaling)`: [1, heads, N, D] each, to [1, N, heads, D].
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -324,14 +327,15 @@ class Eagle3Speculator(Speculator):
 
         step_weights = _step_weights(ttt_steps, ttt_step_loss_decay, ids_T.device)
         total = step_weights @ trained_PT.sum(dim=1).double()
-        scales = step_weights / total.clamp(min=torch.finfo(torch.float32).tiny)
+        sum_dtype = torch.promote_types(outputs[0].dtype, torch.float32)
+        scales = (step_weights / total.clamp(min=torch.finfo(torch.float32).tiny)).to(sum_dtype)
         labels = [head_targets(ids_T, at_N, k) for k, at_N in enumerate(rows.trained_positions)]
         heads = [
             HeadRows(
                 outputs[k],
                 self.lm_head.weight,
                 self._draft_labels(labels[k]),
-                scales[k].to(outputs[k].dtype).expand(len(at_N)),
+                scales[k].expand(len(at_N)),
                 torch.searchsorted(rows.trained_positions[0], at_N + k),
             )
             for k, at_N in enumerate(rows.trained_positions)
@@ -378,6 +382,12 @@ class Eagle3Speculator(Speculator):
         full[..., self.draft_ids] = logits
         return full
 
+    def make_drafter(self, sampling: SamplingParams | None = None) -> StatefulDrafter:
+        """What drafts with it in `speculative_generate`: its likeliest tokens, or tokens drawn as `sampling` says."""
+        from verl_speculator.algorithms.eagle3.drafter import Eagle3Drafter
+
+        return Eagle3Drafter(self, sampling)
+
     # Details of the training-time test
 
     def _trained(
@@ -385,7 +395,7 @@ class Eagle3Speculator(Speculator):
     ) -> Tensor:
         """[ttt_steps, T], bool: where each step trains."""
         if self.t2d is not None and objective.weights.get("ce"):
-            loss_mask_T = loss_mask_T * self.t2d[ids_T]
+            loss_mask_T = loss_mask_T * self.t2d.to(ids_T.device)[ids_T]
         return trained_positions(loss_mask_T, offsets, ttt_steps)
 
     def _draft_labels(self, labels_N: Tensor) -> Tensor:
@@ -400,7 +410,7 @@ class Eagle3Speculator(Speculator):
         metrics = {"loss": (result.loss.detach() * total, total)}
         correct = []
         for k, labels_N in enumerate(labels):
-            count = torch.tensor(float(len(labels_N)))
+            count = trained_PT[k].sum()
             can_N = torch.ones_like(labels_N, dtype=torch.bool) if self.t2d is None else self.t2d[labels_N]
             correct.append(result.correct[k] & can_N)
             metrics[f"loss_{k}"] = (result.row_losses[k].sum(), count)

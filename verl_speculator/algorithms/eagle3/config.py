@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from reprlib import repr as short
 from typing import Any, ClassVar
 
 from verl_speculator.errors import ConfigError
@@ -12,6 +13,8 @@ from verl_speculator.models.base_components import model_classes
 from verl_speculator.models.config import SpeculatorConfig, require_bool, require_positive_int
 
 _FORMAT_VERSION = "0.9.0"
+# Of a base, or of a drafter: far more than any has.
+_MAX_LAYERS = 1024
 _FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output", "embed_requires_grad")
 
 
@@ -109,6 +112,9 @@ class Eagle3SpeculatorConfig(SpeculatorConfig):
             raise ConfigError(f"transformer_layer_config.model_type must be {known}, not {found!r}.")
         if "sliding_attention" in (self.transformer_layer_config.get("layer_types") or ()):
             raise ConfigError("transformer_layer_config.layer_types must not have sliding_attention: not supported.")
+        # Absent, it is transformers' default.
+        num_layers = self.transformer_layer_config.get("num_hidden_layers", 1)
+        require_positive_int(num_layers, "transformer_layer_config.num_hidden_layers", _MAX_LAYERS)
         require_positive_int(self.draft_vocab_size, "draft_vocab_size")
         if self.draft_vocab_size > self.vocab_size:
             raise ConfigError(f"draft_vocab_size must be at most vocab_size ({self.vocab_size}).")
@@ -187,12 +193,13 @@ class Eagle3SpeculatorConfig(SpeculatorConfig):
 
 
 def check_layer_ids(ids: Any, name: str, num_layers: int | None = None) -> None:
-    """Refuse what is no list of distinct layers of a base with so many layers."""
+    """Refuse what is no ascending list of layers of a base with so many layers."""
     is_list = isinstance(ids, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
-    top = float("inf") if num_layers is None else num_layers
-    if not is_list or not ids or len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) > top:
+    top = _MAX_LAYERS if num_layers is None else num_layers
+    # Inference engines collect the states on their way through the layers, so in this order.
+    if not is_list or not ids or ids != sorted(set(ids)) or ids[0] < 0 or ids[-1] > top:
         until = "on" if num_layers is None else f"to {num_layers}, the base's number of layers"
-        raise ConfigError(f"{name} must be a list of distinct layers from 0 {until}; not {ids!r}.")
+        raise ConfigError(f"{name} must be a list of layers in ascending order, from 0 {until}; not {short(ids)}.")
 
 
 def _check_norms(norm_before_fc: bool, fc_norm: bool) -> None:

@@ -1,0 +1,96 @@
+"""EAGLE-3 through the whole trainer: built from its base, trained, saved, resumed, started from and evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.test_training import Runs
+from tests.support.tiny import VOCAB_SIZE
+from verl_speculator.algorithms.eagle3 import Eagle3Speculator
+from verl_speculator.models import Speculator
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+T2D = np.arange(VOCAB_SIZE) % 7 != 3
+
+
+def overrides(runs: Runs, name: str, *more: str) -> list[str]:
+    return [
+        "model.speculator_type=eagle3",
+        "+model.speculator.target_layer_ids=[0,1,2]",
+        f"+model.speculator.draft_vocab_path={runs.folder / 't2d.npy'}",
+        f"model.partial_pretrain={runs.base}",
+        f"data.train_files={runs.folder / 'train.parquet'}",
+        f"data.val_files={runs.folder / 'val.parquet'}",
+        f"trainer.default_local_dir={runs.folder / name}",
+        "data.train_batch_size=12",
+        "data.num_workers=0",
+        "optim.lr=1e-2",
+        "trainer.save_freq=3",
+        f"trainer.total_training_steps={STEPS}",
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, torchrun) -> Runs:
+    made = Runs(tmp_path_factory.mktemp("training"), torchrun)
+    np.save(made.folder / "t2d.npy", T2D)
+    return made
+
+
+@pytest.fixture(scope="module")
+def launched(runs) -> dict[str, dict[int, dict[str, float]]]:
+    trained = f"model.speculator_path={runs.folder / 'whole' / f'global_step_{STEPS}'}"
+    table = {
+        "whole": overrides(runs, "whole", f"trainer.test_freq={STEPS}"),
+        "stopped": overrides(runs, "stopped", "trainer.total_training_steps=3"),
+        "resumed": overrides(runs, "stopped"),
+        "evaluated": overrides(runs, "evaluated", trained, "trainer.val_only=true"),
+    }
+    return dict(zip(table, runs.run(2, *table.values()), strict=True))
+
+
+def folder(runs: Runs, name: str) -> Path:
+    return runs.folder / name / f"global_step_{STEPS}" / "speculator"
+
+
+def test_it_learns_and_says_how_well(launched) -> None:
+    steps = launched["whole"]
+    assert sorted(steps) == list(range(1, STEPS + 1))
+    assert steps[STEPS]["train/loss"] < steps[1]["train/loss"]
+    expected = {"loss", "acceptance_length", *(f"{name}_{k}" for k in range(3) for name in ("loss", "full_acc"))}
+    assert {f"train/{name}" for name in expected} <= set(steps[1])
+    assert {f"val/{name}" for name in expected} <= set(steps[STEPS])
+    assert steps[STEPS]["val/acceptance_length"] >= 1
+
+
+def test_what_is_the_bases_stays_the_bases(launched, runs) -> None:
+    saved, base = load_file(folder(runs, "whole") / "model.safetensors"), load_file(runs.base / "model.safetensors")
+    embeddings = base["model.embed_tokens.weight"]
+    assert torch.equal(saved["embed_tokens.weight"], embeddings)
+    assert torch.equal(saved["lm_head.weight"], embeddings[torch.from_numpy(T2D)]), "the base's matrices are tied"
+    loaded = Speculator.from_pretrained(runs.folder / "whole" / f"global_step_{STEPS}")
+    assert type(loaded) is Eagle3Speculator
+    assert loaded.config.base_model_name_or_path == str(runs.base)
+    assert loaded.config.base_architectures == ["Qwen2ForCausalLM"]
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(launched, runs) -> None:
+    whole, resumed = (load_file(folder(runs, name) / "model.safetensors") for name in ("whole", "stopped"))
+    assert sorted(launched["resumed"]) == [4, 5, 6]
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_one_that_is_loaded_is_measured_as_it_was(launched) -> None:
+    (evaluated,) = launched["evaluated"].values()
+    for name, value in launched["whole"][STEPS].items():
+        if name.startswith("val/"):
+            assert evaluated[name] == pytest.approx(value, rel=1e-4), name

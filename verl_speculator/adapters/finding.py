@@ -1,0 +1,78 @@
+"""How the adapter named in a configuration is found."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from verl_speculator.adapters.chain_adapter import ChainSpeculatorAdapter
+from verl_speculator.adapters.interface import SpeculatorAdapter
+from verl_speculator.adapters.lstm_adapter import LSTMSpeculatorAdapter
+from verl_speculator.adapters.mlp_adapter import MLPSpeculatorAdapter
+from verl_speculator.adapters.model_adapter import ModelAdapter
+from verl_speculator.errors import ConfigError
+from verl_speculator.models import ChainSpeculator, Speculator
+from verl_speculator.models.config import algorithm_names
+from verl_speculator.models.importing import import_attribute, import_from_file
+from verl_speculator.models.speculator import config_class_of
+
+ADAPTER_KEY = "model.speculator_adapter"
+
+
+def build_speculator_adapter(spec: Any, settings: Mapping[str, Any]) -> SpeculatorAdapter:
+    """The adapter that `model.speculator_adapter` names, built with the settings of `model.speculator`.
+
+    Args:
+        spec: The name of a registered algorithm, a dotted name, `{"fqn": dotted name}`, or
+            `{"path": file, "name": class}`. What is named may be the class of a registered model instead of an adapter.
+
+    Raises:
+        ConfigError: The name does not import, is not an adapter, or the settings do not fit it.
+    """
+    return load_adapter_class(spec)(settings)
+
+
+def load_adapter_class(spec: Any) -> type[SpeculatorAdapter]:
+    """Find the class without building it; errors as in `build_speculator_adapter`."""
+    if isinstance(spec, str) and "." not in spec:
+        if spec not in algorithm_names():
+            raise ConfigError(
+                f"{ADAPTER_KEY} must be a full dotted name such as package.module.Class, or one of "
+                f"{', '.join(algorithm_names())}; got {spec!r}"
+            )
+        name, found = spec, Speculator.get_class(spec)
+    elif isinstance(spec, str):
+        name, found = spec, import_attribute(spec, ADAPTER_KEY)
+    elif isinstance(spec, Mapping) and set(spec) == {"fqn"}:
+        name = str(spec["fqn"])
+        found = import_attribute(name, ADAPTER_KEY)
+    elif isinstance(spec, Mapping) and set(spec) == {"path", "name"}:
+        name = str(spec["name"])
+        found = import_from_file(Path(str(spec["path"])).expanduser(), name, ADAPTER_KEY)
+    else:
+        raise ConfigError(
+            f"{ADAPTER_KEY} must be a dotted name, {{fqn: dotted.name}} or {{path: file.py, name: Class}}, got {spec!r}"
+        )
+    if isinstance(found, type) and issubclass(found, Speculator):
+        return adapter_of(found)
+    if not (isinstance(found, type) and issubclass(found, SpeculatorAdapter)):
+        raise ConfigError(
+            f"{ADAPTER_KEY}: {name!r} is no adapter; name a subclass of verl_speculator.adapters.SpeculatorAdapter"
+        )
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ConfigError(f"{ADAPTER_KEY}: {name!r} is no complete adapter; it must define {missing}")
+    return found
+
+
+def adapter_of(model_class: type[Speculator]) -> type[SpeculatorAdapter]:
+    """The adapter that drives a registered model."""
+    for own in (LSTMSpeculatorAdapter, MLPSpeculatorAdapter):
+        if own.speculator_class is model_class:
+            return own
+    config_class = config_class_of(model_class)
+    parent = ChainSpeculatorAdapter if issubclass(model_class, ChainSpeculator) else ModelAdapter
+    members = {"speculator_class": model_class, "config_class": config_class}
+    return type(f"{model_class.__name__}Adapter", (parent,), members)
