@@ -33,20 +33,16 @@ def save_base_model(folder: Path, module: nn.Module, model_config: Any, dtype: t
     full = full_state_dict(module)
     if dist.get_rank() != 0:
         return
-    weights = {name: _cast(tensor, dtype) for name, tensor in full.items()}
     auto_class: Any = get_hf_auto_model_class(model_config.hf_config)
     with torch.device("meta"):
         plain = auto_class.from_config(
             module.config,
             trust_remote_code=model_config.trust_remote_code,
-            dtype=next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point()),
+            dtype=dtype or next(tensor.dtype for tensor in full.values() if tensor.is_floating_point()),
         )
-    # Tied weights stand in the file once; casting has made tensors of their own of them.
-    seen: set[int] = set()
-    for name, parameter in plain.state_dict(keep_vars=True).items():
-        if id(parameter) in seen:
-            weights.pop(name)
-        seen.add(id(parameter))
+    # Tied tensors come out of a sharded model as two, and would be written as two.
+    names = {id(tensor): name for name, tensor in reversed(plain.state_dict(keep_vars=True).items())}
+    weights = {name: _cast(full[name], dtype) for name in names.values()}
     # A model writes its generation settings strictly, and some published ones do not pass.
     plain.generation_config = type(plain.generation_config)()
     plain.save_pretrained(folder / BASE_FOLDER, state_dict=weights)
