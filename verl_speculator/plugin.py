@@ -1,4 +1,4 @@
-"""The ``verl.plugins`` entry point: runs inside ``import verl``, so it does as little as possible.
+"""The `verl.plugins` entry point: runs inside `import verl`, so it does as little as possible.
 
 verl swallows what a plugin raises, so a failure is written to stderr here.
 """
@@ -10,7 +10,7 @@ import traceback
 
 
 def register() -> None:
-    """Add the ``cpu`` platform. Engines register when a trainer imports :mod:`verl_speculator.engine`."""
+    """Add the `cpu` platform. Engines register when a trainer imports `verl_speculator.engine`."""
     from verl_speculator.platforms import cpu
 
     cpu.ensure_registered()

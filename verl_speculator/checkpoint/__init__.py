@@ -1,1 +1,1 @@
-"""Checkpoints of a run: ``layout`` is light, ``training_state`` costs seconds to import."""
+"""Checkpoints of a run: `layout` is light, `training_state` costs seconds to import."""

@@ -1,4 +1,4 @@
-"""The ``vllm.general_plugins`` entry point. vLLM runs it in the argument parser, the engine core and every worker.
+"""The `vllm.general_plugins` entry point. vLLM runs it in the argument parser, the engine core and every worker.
 
 It only puts a hook where vLLM reads a speculative configuration; what serves a speculator is loaded when one is named.
 """

@@ -36,7 +36,7 @@ class MetricsLog:
         self._stream: IO[bytes] | None = None
 
     def append(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write the numbers among ``metrics``; other values are left out, and no number at all writes nothing."""
+        """Write the numbers among `metrics`; other values are left out, and no number at all writes nothing."""
         values = {name: _finite(value) for name, value in metrics.items() if _is_number(value)}
         if not values:
             return
