@@ -9,7 +9,7 @@ import pytest
 from verl_speculator.base_model.files import BaseSizes, check_base_files, read_base_sizes
 from verl_speculator.errors import ConfigError, MissingFileError, SpeculatorError
 
-SIZES = BaseSizes(32, 384, 2, 4, 2, 48)
+SIZES = BaseSizes(32, 384, 2, 4, 2, 48, "qwen2", True)
 
 
 @pytest.fixture
