@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -85,8 +86,17 @@ def test_it_is_built_from_its_base(base) -> None:
     assert frozen == ["embed_tokens.weight", "lm_head.weight"]
     assert adapter.needs == AdapterNeeds((0, 2), whole_sequences=True, target_head_weight=True, position_ids=True)
     assert not build(base, objective="ce").needs.target_head_weight
+
+
+def test_ranks_other_than_the_first_build_it_without_storage(base, tmp_path) -> None:
+    np.save(tmp_path / "t2d.npy", np.arange(VOCAB_SIZE) % 3 != 1)
+    settings = {"draft_vocab_path": str(tmp_path / "t2d.npy")}
+    first = build(base, **settings).speculator
     with torch.device("meta"):
-        assert build(base).speculator.fc.weight.is_meta, "ranks other than the first have no storage"
+        other = build(base, **settings).speculator
+    assert all(tensor.is_meta for tensor in other.state_dict().values())
+    shapes = [{name: (t.shape, t.dtype) for name, t in one.state_dict().items()} for one in (first, other)]
+    assert shapes[0] == shapes[1]
 
 
 def test_a_base_without_storage_is_refused(base) -> None:

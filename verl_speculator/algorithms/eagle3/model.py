@@ -241,7 +241,7 @@ class Eagle3Speculator(Speculator):
         assert self.d2t is not None
         ids = t2d.nonzero().squeeze(1).to(torch.long)
         self.t2d.copy_(t2d)
-        self.d2t.copy_(ids - torch.arange(ids.shape[0]))
+        self.d2t.copy_(ids - torch.arange(ids.shape[0], device=ids.device))
 
     @torch.no_grad()
     def load_verifier_weights(self, embed_tokens: Tensor, lm_head: Tensor) -> None:
