@@ -28,7 +28,7 @@ import types
 import warnings
 from pathlib import Path
 
-# Nothing is computed while these are imported: OpenMP's and gloo's threads would not survive a fork.
+# Nothing is computed while these are imported: threads would not survive a fork, and locks that they held would stay.
 PRELOAD = (
     "torch.distributed.run",
     "verl.trainer.sft_trainer",
@@ -48,7 +48,8 @@ def start(folder: Path, modules: tuple[str, ...] = PRELOAD) -> tuple[Path, subpr
         [sys.executable, "-m", "tests.support.warm_python", str(address), str(executable), *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        # An allocator that pyarrow brings along would start a thread.
+        env=dict(os.environ, OMP_NUM_THREADS="1", JE_ARROW_MALLOC_CONF="background_thread:false"),
     )
     assert server.stdout is not None
     if server.stdout.readline() != b"ready\n":
@@ -97,8 +98,14 @@ class _Server:
     def _fork(self, client: socket.socket) -> dict | None:
         header, streams, _, _ = socket.recv_fds(client, _HEADER, 3)
         size, message = int.from_bytes(header), b""
-        while len(message) < size:
-            message += client.recv(size - len(message))
+        while len(message) < size and (part := client.recv(size - len(message))):
+            message += part
+        if not header or len(message) < size:
+            # Killed before it had said what it wants.
+            for stream in streams:
+                os.close(stream)
+            client.close()
+            return None
         process = os.fork()
         if process == 0:
             signal.set_wakeup_fd(-1)
@@ -112,7 +119,9 @@ class _Server:
             return json.loads(message)
         for stream in streams:
             os.close(stream)
-        client.sendall(process.to_bytes(_HEADER))
+        # To one that was killed meanwhile it cannot be said; its connection then ends, and its fork with it.
+        with contextlib.suppress(OSError):
+            client.sendall(process.to_bytes(_HEADER))
         self._clients[client] = process
         self._selector.register(client, selectors.EVENT_READ)
         return None
@@ -121,7 +130,7 @@ class _Server:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):
                 for client in [client for client, process in self._clients.items() if process == ended[0]]:
-                    with contextlib.suppress(BrokenPipeError):
+                    with contextlib.suppress(OSError):
                         client.sendall(ended[1].to_bytes(_HEADER))
                     self._forget(client)
 
@@ -167,6 +176,9 @@ if __name__ == "__main__":
     # The forks share the server's memory as long as nobody writes to it, and the collector does.
     gc.collect()
     gc.freeze()
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        sys.exit(f"importing {', '.join(sys.argv[3:])} started {threads - 1} threads, which no fork would have")
     server = _Server(sys.argv[1])
     print("ready", flush=True)
     asked = server.serve()

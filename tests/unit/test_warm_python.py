@@ -97,6 +97,14 @@ def test_signals_reach_the_fork(python, number) -> None:
     wait_for_end(fork)
 
 
+def test_a_caller_that_is_killed_at_any_moment_leaves_the_server_alive(python) -> None:
+    for moment in range(30):
+        with subprocess.Popen([python, "-c", SLEEP], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as caller:
+            time.sleep(moment * 2e-3)
+            caller.kill()
+    assert run(python, "-c", "print('alive')").stdout == "alive\n"
+
+
 def test_no_fork_outlives_the_server(tmp_path: Path) -> None:
     executable, server = start(tmp_path, ("json",))
     with subprocess.Popen([str(executable), "-c", SLEEP], stdout=subprocess.PIPE, text=True) as caller:
