@@ -29,9 +29,9 @@ COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
 
 class Engine:
-    """An `LLM` with fewer slots than requests and a prefill in chunks of 32 tokens."""
+    """An `LLM` with fewer slots than requests and, unless given another size, a prefill in chunks of 32 tokens."""
 
-    def __init__(self, world: Path, speculator: Path | None = None, **speculative: Any) -> None:
+    def __init__(self, world: Path, speculator: Path | None = None, chunk: int = 32, **speculative: Any) -> None:
         config = None if speculator is None else {"model": str(speculator), **speculative}
         self.llm = LLM(
             model=str(world / "base"),
@@ -39,7 +39,7 @@ class Engine:
             enforce_eager=True,
             max_model_len=256,
             max_num_seqs=SLOTS,
-            max_num_batched_tokens=32,
+            max_num_batched_tokens=chunk,
             enable_chunked_prefill=True,
             enable_prefix_caching=False,
             disable_log_stats=False,

@@ -48,6 +48,7 @@ def report(request, world) -> dict:
 def test_text_and_drafts_are_ours(report, world) -> None:
     reference = json.loads((world / "reference.json").read_text())
     assert report["None"]["tokens"] == reference["tokens"]
+    assert report["chunked"]["tokens"] == reference["tokens"]
     for name in SPECULATORS:
         mine, expected = report[name], reference["counts"][name]
         assert mine["method"] == "eagle3", "our plugin must leave it to vLLM"
