@@ -120,7 +120,7 @@ def main(folder: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
     prompts = make_prompts()
     answers = generate(base, *padded(prompts), max_new_tokens=NEW_TOKENS).tokens
-    counts = torch.bincount(torch.tensor(sum(answers, [])), minlength=VOCAB_SIZE)
+    counts = torch.bincount(torch.cat([torch.tensor(answer) for answer in answers]), minlength=VOCAB_SIZE)
     torch.manual_seed(6)
     # Some of what the base says cannot be drafted, and ids of both vocabularies differ.
     speculators = make_speculators((counts > 1).nonzero().squeeze(1))
