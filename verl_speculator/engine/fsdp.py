@@ -102,6 +102,9 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
     def _trained_head_weight(self) -> Tensor:
         return full_head_weight(self.module)
 
+    def _base_matrices(self, base: Any) -> tuple[Tensor, Tensor]:
+        return base.get_input_embeddings().weight, output_embeddings(base).weight
+
     # A step
 
     def forward_backward_batch(

@@ -92,6 +92,14 @@ class SpeculatorEngine(BaseEngine):
         """The vocabulary matrix [V, H] of a base that trains; every rank calls this."""
 
     @abstractmethod
+    def _base_matrices(self, base: nn.Module) -> tuple[Tensor, Tensor]:
+        """The base's embeddings and vocabulary matrix, [V, H] each, on rank 0; every rank calls this.
+
+        Args:
+            base: As in `_build_speculator`.
+        """
+
+    @abstractmethod
     def _training_state(self) -> tuple[nn.Module, torch.optim.Optimizer, Any, nn.Module | None]:
         """What trains, its optimizer and its scheduler; and the base where these include it."""
 
@@ -117,6 +125,11 @@ class SpeculatorEngine(BaseEngine):
         config = self.model_config
         self.adapter = build_speculator_adapter(config.speculator_adapter, config.speculator)
         self.adapter.speculator = build_speculator(self.adapter, base, config.speculator_path, self.engine_config.seed)
+        if config.speculator_path is None and self.adapter.starts_from_base:
+            matrices = self._base_matrices(base)
+            if torch.distributed.get_rank() == 0:
+                generator = torch.Generator().manual_seed(self.engine_config.seed)
+                self.adapter.start_from_base(*matrices, generator)
         self.speculator_unit = SpeculatorUnit(self.adapter)
         self._needs = self.adapter.needs
         self._seen = SeenStates()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from verl_speculator.errors import ConfigError
+from verl_speculator.models.base_start import BaseRows
 from verl_speculator.models.config import SpeculatorConfig, require_bool, require_positive_int
 from verl_speculator.models.draft_vocabulary import DraftVocabulary
 from verl_speculator.models.layers import for_head, scale_hidden_states
@@ -123,6 +124,27 @@ class ChainSpeculator(DraftVocabulary, Speculator):
 
     def tied_copies(self) -> dict[str, str]:
         return {f"head.{i}": "head.0" for i in range(1, self.n_predict)} if self.heads_are_tied else {}
+
+    @torch.no_grad()
+    def start_from_base(self, embed_tokens: Tensor, lm_head: Tensor, generator: torch.Generator) -> None:
+        """Fill token embeddings and vocabulary matrices from the base's, as large as fresh weights are drawn.
+
+        Args:
+            embed_tokens: The base's [V, any width].
+            lm_head: The base's [V, any width]; of these rows those that can be drafted are taken.
+            generator: For the rotations of `BaseRows`: each table has its own.
+        """
+        ids = self.draft_ids
+        rows = BaseRows(lm_head if ids is None else lm_head[ids.to(lm_head.device)])
+        for i in range(len(self.head)):
+            weight = self.head_weight(i)
+            weight.copy_(rows.fit(weight.shape[1], generator) * self.init_std(weight))
+        rows = BaseRows(embed_tokens)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding) and module.num_embeddings == self.config.vocab_size:
+                # Piece by piece: of fused tables each is one.
+                for table in self.file_views({f"{name}.weight": module.weight}).values():
+                    table.copy_(rows.fit(table.shape[1], generator) * self.init_std(table))
 
     def embed_all(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """`embed` of each head's tokens, where all are known.

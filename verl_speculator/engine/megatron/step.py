@@ -31,7 +31,7 @@ from verl_speculator.engine.hidden_states import SeenStates
 from verl_speculator.engine.megatron.hidden_states import (
     StageStates,
     broadcast_from_stage,
-    full_output_weight,
+    full_matrix,
     record_output_layer_input,
     replace_output_layer,
     scale_gradient,
@@ -231,9 +231,15 @@ class MegatronSpeculatorStep(SpeculatorEngine, MegatronEngineWithLMHead):
         return rank, size
 
     def _trained_head_weight(self) -> Tensor:
+        return full_matrix(unwrap_model(self.module[-1]), "output", *self._matrix_layout())
+
+    def _base_matrices(self, base: nn.Module) -> tuple[Tensor, Tensor]:
+        embed_tokens = full_matrix(unwrap_model(self.module[0]), "embedding", *self._matrix_layout())
+        return embed_tokens, self._trained_head_weight()
+
+    def _matrix_layout(self) -> tuple[tuple[int, int], torch.dtype, Any]:
         config = self.model_config.hf_config.get_text_config()
-        shape = (config.vocab_size, config.hidden_size)
-        return full_output_weight(unwrap_model(self.module[-1]), shape, self.param_dtype, get_device_id())
+        return (config.vocab_size, config.hidden_size), self.param_dtype, get_device_id()
 
 
 def _no_loss(output: Any) -> tuple[Tensor, dict]:
