@@ -107,7 +107,11 @@ def write_world(folder: Path) -> dict[str, Path]:
     write_base_model(folder / "qwen3", family="qwen3", tie=True, seed=1)
     write_base_model(folder / "llama_untied", family="llama", tie=False, seed=2)
     write_base_model(folder / "llama_tied", family="llama", tie=True, seed=3)
-    write_base_model(folder / "gemma2", family="gemma2", tie=True, seed=4)
+    # With capped, divided, multiplied and biased logits.
+    write_base_model(folder / "gemma2", family="gemma2", tie=True, seed=4, final_logit_softcapping=2.0)
+    write_base_model(folder / "granite", family="granite", tie=False, seed=5, logits_scaling=3.0)
+    write_base_model(folder / "cohere", family="cohere", tie=True, seed=6, logit_scale=0.4)
+    write_base_model(folder / "phi", family="phi", tie=False, seed=7)
     make_speculators(folder)
     return {path.name: path for path in folder.iterdir()}
 

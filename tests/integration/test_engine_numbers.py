@@ -62,6 +62,11 @@ CASES = [
     Case("drafts_one_row", "qwen2", "rnn_drafts", ONE_ROW),
     Case("drafts_kl", "llama_untied", "rnn_drafts", [*TWO_ROWS, *PADDED, KL]),
     Case("drafts_joint", "qwen2", "rnn_drafts", [*PACKED, *JOINT]),
+    Case("kl_capped", "gemma2", "lstm", [*PACKED, KL]),
+    Case("lk_divided", "granite", "mlp_untied", [*ONE_ROW, MLP, LK]),
+    Case("kl_multiplied_joint", "cohere", "rnn_drafts", [*TWO_ROWS, *PADDED, *JOINT, KL]),
+    Case("kl_biased", "phi", "rnn_drafts", [*PACKED, KL]),
+    Case("lk_biased_joint", "phi", "lstm", [*TWO_ROWS, *PADDED, *JOINT, LK]),
     Case("lk_joint", "llama_untied", "rnn", [*TWO_ROWS, *PADDED, *JOINT, LK]),
 ]
 
@@ -136,7 +141,7 @@ def test_bfloat16_base(case: Case, world, results) -> None:
 def test_what_a_base_cannot_give_is_refused_by_name(results) -> None:
     refused = read_state(results, CAPPED)["refused"]
     assert "NeedyAdapter" in refused
-    assert "final_logit_softcapping=30.0" in refused
+    assert "final_logit_softcapping=2.0" in refused
 
 
 def test_slices_of_a_sequence_give_the_whole_loss(results) -> None:

@@ -69,7 +69,7 @@ class ChainSpeculatorAdapter(SpeculatorAdapter):
 
     @property
     def needs(self) -> AdapterNeeds:
-        return AdapterNeeds(target_head_weight=self._objective.needs_target)
+        return AdapterNeeds(target_head=self._objective.needs_target)
 
     def build_speculator_module(self, model: nn.Module) -> ChainSpeculator:
         sizes = base_model_sizes(model)

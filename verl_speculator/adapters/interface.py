@@ -86,8 +86,8 @@ class SpeculatorAdapter(ABC):
     def measure_acceptance(self, packed: PackedHiddenStates) -> dict[str, Tensor]:
         """What decoding along these sequences would accept, as sums; runs in validation only.
 
-        `packed.lm_head_weight` is set where the base's distribution is `softmax(hidden_states @ lm_head_weight.T)`.
-        An adapter that cannot tell leaves it empty.
+        `packed.target_head` is set where the base's distribution is known, and `packed.lm_head_weight` where that is
+        `softmax(hidden_states @ lm_head_weight.T)`. An adapter that cannot tell leaves it empty.
         """
         return {}
 

@@ -110,8 +110,15 @@ class TargetHead(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, states_RH: Tensor, out: Tensor | None = None) -> Tensor:
-        logits = torch.mm(states_RH, self.weight.t(), out=out)
+    def at(self, ids: Tensor | None) -> TargetHead:
+        """The head for these tokens alone [V'], or for all of them if None."""
+        if ids is None:
+            return self
+        return self._replace(weight=self.weight[ids], bias=None if self.bias is None else self.bias[ids])
+
+    def logits(self, states_RH: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[R, V] from [R, H], of the states' type or of `dtype`, in which what follows the matrix is done."""
+        logits = torch.mm(states_RH, self.weight.t()).to(dtype or states_RH.dtype)
         if self.bias is not None:
             logits.add_(self.bias)
         if self.scale != 1.0:
@@ -293,7 +300,7 @@ def _weigh_by_reach(
 def _target_chunk(work: _Work, rows: slice, sum_dtype: torch.dtype) -> _TargetChunk | None:
     if work.target_head is None:
         return None
-    logits_CV = work.target_head.logits(work.target_states_MH[rows]).to(sum_dtype)
+    logits_CV = work.target_head.logits(work.target_states_MH[rows], sum_dtype)
     if work.objective.temperature != 1.0:
         logits_CV.div_(work.objective.temperature)
     logsumexp_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
