@@ -345,7 +345,7 @@ def _row_losses(
         log_ratio_RV = None if target.log_probs_CV is None else logits_RV - target.log_probs_CV
     q_RV = torch.softmax(logits_RV, dim=1, out=logits_RV)
     # The largest probability is exp(max - logsumexp): see `linear_cross_entropy`.
-    logsumexp_R1 = max_logit_R1 - q_RV.amax(dim=1, keepdim=True).log_()
+    logsumexp_R1 = max_logit_R1 - q_RV.gather(1, drafts_R1).log_()
 
     # Of every term d/dz: q - onehot for ce.
     ce_R1 = logsumexp_R1 - label_logit_R1
@@ -357,8 +357,6 @@ def _row_losses(
     else:
         p_RV = target.probs_CV
         kl_R1 = logsumexp_R1 - expected_logit_R1 - target.entropy_C1
-        below_RV = torch.where(q_RV < p_RV, q_RV, 0.0)
-        below_R1 = below_RV.sum(dim=1, keepdim=True)
         overlap_R1 = torch.minimum(q_RV, p_RV).sum(dim=1, keepdim=True)
         rows.overlaps[own] = overlap_R1.squeeze(1)
         blend_R1 = torch.exp(-LK_ETA * overlap_R1)
@@ -369,6 +367,7 @@ def _row_losses(
         loss_R1 = loss_R1 + kl_weight_R1 * kl_R1 + tv_weight_R1 * (1 - overlap_R1)
         loss_R1 = loss_R1 - weights["nla"] * overlap_or_tiny_R1.log()
         tv_weight_R1 = tv_weight_R1 + weights["nla"] / overlap_or_tiny_R1
+        wants_overlap = any(weights[name] for name in ("tv", "nla", "lk"))
 
         # q - p for kl; q (S - [q < p]) for tv, with S the sum of q over q < p; q (log(q/p) - rkl) for rkl.
         reverse_RV = None
@@ -377,8 +376,15 @@ def _row_losses(
             rkl_R1 = torch.linalg.vecdot(q_RV, log_ratio_RV).unsqueeze(1)
             loss_R1 = loss_R1 + weights["rkl"] * rkl_R1
             reverse_RV = log_ratio_RV.sub_(rkl_R1).mul_(q_RV).mul_(weights["rkl"])
-        grad_RV = q_RV.mul_(ce_weight_R1 + kl_weight_R1 + tv_weight_R1 * below_R1)
-        grad_RV.addcmul_(p_RV, kl_weight_R1, value=-1.0).addcmul_(below_RV, tv_weight_R1, value=-1.0)
+        q_weight_R1 = ce_weight_R1 + kl_weight_R1
+        if wants_overlap:
+            below_RV = torch.where(q_RV < p_RV, q_RV, 0.0)
+            q_weight_R1 = q_weight_R1 + tv_weight_R1 * below_RV.sum(dim=1, keepdim=True)
+        grad_RV = q_RV.mul_(q_weight_R1)
+        if weights["kl"] or weights["lk"]:
+            grad_RV.addcmul_(p_RV, kl_weight_R1, value=-1.0)
+        if wants_overlap:
+            grad_RV.addcmul_(below_RV, tv_weight_R1, value=-1.0)
         if reverse_RV is not None:
             grad_RV.add_(reverse_RV)
     if weights["ce"]:

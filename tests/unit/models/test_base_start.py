@@ -1,4 +1,4 @@
-"""Starting from the base's matrices: closest of its rank, of the size that fresh weights have, by the base's own rows."""
+"""Starting from the base: the closest fit of its matrices, as large as fresh weights, or its own rows where they fit."""
 
 import pytest
 import torch
