@@ -66,6 +66,6 @@ def add_load_arguments(group: Any) -> None:
 
 def settings_of(args: argparse.Namespace) -> EvaluationSettings:
     """Of a command whose flags have the names of its fields."""
-    return EvaluationSettings(
-        **{name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
-    )
+    values = {name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
+    values["num_draft_tokens"] = tuple(values.get("num_draft_tokens") or ())
+    return EvaluationSettings(**values)
