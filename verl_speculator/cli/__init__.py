@@ -11,11 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from verl_speculator.cli import eval, export, regenerate, serve, train, train_report
+from verl_speculator.cli import base, eval, export, regenerate, serve, train, train_report
 from verl_speculator.errors import SpeculatorError
 
 EXIT_USER_ERROR = 2
 _COMMANDS = {
+    "base": base,
     "regenerate": regenerate,
     "train": train,
     "train-report": train_report,
