@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,25 @@ def add_data_arguments(group: Any, *, limit: int | None) -> None:
         help=f"the first N chats only (default: {limit or 'all'})",
     )
     group.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja file to use instead of the base's own")
+
+
+def add_import_argument(group: Any) -> None:
+    group.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE_OR_MODULE",
+        help="what registers a speculator type of your own; repeat for several",
+    )
+
+
+def import_all(names: Sequence[str]) -> None:
+    """Run files and modules of the user's for the speculator types that they register."""
+    for name in names:
+        from verl_speculator.models.importing import import_code
+
+        import_code(name, "--import")
 
 
 def add_decoding_arguments(group: Any, *, max_new_tokens: int, batch_size: int) -> None:
