@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -28,10 +29,11 @@ from verl_speculator.losses import (
     speculator_loss,
 )
 from verl_speculator.models import ChainSpeculator, ChainSpeculatorConfig
+from verl_speculator.models.chain import ChainTrainingArguments
 from verl_speculator.models.config import require_positive_int
 from verl_speculator.models.draft_vocabulary import given_draft_ids, read_t2d
 
-_TRAINING_SETTINGS = ("objective", "objective_temperature", "head_loss_weights", "draft_vocab_path", "init_from_base")
+_TRAINING_SETTINGS = tuple(field.name for field in dataclasses.fields(ChainTrainingArguments))
 
 
 class ChainSpeculatorAdapter(SpeculatorAdapter):
