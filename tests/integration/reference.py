@@ -41,6 +41,8 @@ class PlainTraining:
         for ids, mask in rows:
             output = self.base(ids.unsqueeze(0), output_hidden_states=True)
             hidden, base_logits = output.hidden_states[-1], output.logits[0]
+            if self.base.config.model_type == "llama":
+                base_logits = base_logits * getattr(self.base.config, "logit_scale", 1.0)
             hidden = hidden.detach() if detach else hidden
             padded = F.pad(ids, (0, n_predict + 1))
             logits = self.speculator(hidden, padded[1:].unsqueeze(0)[:, : ids.numel() + n_predict])
@@ -129,7 +131,7 @@ class PlainTraining:
             return made._replace(softcap=config.final_logit_softcapping)
         if config.model_type == "granite":
             return made._replace(scale=1 / config.logits_scaling)
-        return made._replace(scale=config.logit_scale) if config.model_type == "cohere" else made
+        return made._replace(scale=getattr(config, "logit_scale", 1.0))
 
     def train_speculator(self, batches: list[Rows], *, lr: float, weight_decay: float, clip: float) -> list[dict]:
         """AdamW with clipped gradients, a step on each batch; the loss and each head's sums before every step."""

@@ -1,4 +1,4 @@
-"""Starting from the base: the closest fit of its matrices, as large as fresh weights, or its own rows where they fit."""
+"""Starting from the base: the closest fit of its matrices, as large as fresh weights; its own rows where they fit."""
 
 import pytest
 import torch
