@@ -1,6 +1,7 @@
 """Run under torchrun: one engine per case on the same batch; writes each case's loss, metrics and gradients.
 
-One of a ``fresh`` speculator writes its weights and ends. A case with ``steps`` then trains, a step on each batch of that file, and writes every step's loss and metrics too.
+One of a ``fresh`` speculator writes its weights only. A case with ``steps`` then
+trains, a step on each batch of that file, and writes every step's loss and metrics too.
 
 usage: torchrun --nproc_per_node=N engine_cases.py CASES.json OUTPUT_FOLDER
 """
