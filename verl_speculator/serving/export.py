@@ -10,7 +10,7 @@ import torch
 from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.models import Speculator
 from verl_speculator.models.serialization import PREFIX, read_config, read_weights, write_folder
-from verl_speculator.serving.export_formats import EXPORT_FORMATS, ExportFormat
+from verl_speculator.serving.export_formats import EXPORT_FORMATS, ExportFormat, with_full_vocabulary
 from verl_speculator.serving.hub import CardFacts, model_card
 
 HUB = "hf"
@@ -47,7 +47,7 @@ def export_speculator(
     if export_format == HUB:
         return _export_for_hub(speculator, folder, card or CardFacts())
     target = EXPORT_FORMATS[export_format]
-    converted = target.convert(speculator)
+    converted = target.convert(with_full_vocabulary(speculator))
     values = target.config_for(converted.config)
     if export_format == "arctic":
         values["base_model_archs"] = _base_architectures(speculator, base_architecture)
