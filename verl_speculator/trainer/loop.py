@@ -6,7 +6,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,11 +19,14 @@ from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
+from verl_speculator.checkpoint.hidden_states import StatesCacheSettings
 from verl_speculator.data.loading import PaddedEvaluation, ResumableSampler
+from verl_speculator.engine.cached_states import PREFIX
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.step_sums import SUMS_KEY
 from verl_speculator.models.serialization import SUBFOLDER
 from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
+from verl_speculator.trainer.hidden_states import open_states_cache, plan
 from verl_speculator.trainer.metrics_log import MetricsLog
 from verl_speculator.trainer.processes import Processes
 
@@ -52,6 +55,7 @@ class SpeculatorTrainingLoop(ABC):
     ckpt_handler: RunCheckpoints
     processes: Processes
     _adapter: SpeculatorAdapter
+    _states_cache: StatesCacheSettings | None = None
     _sigterm_received = False
     _is_profiling = False
 
@@ -85,6 +89,31 @@ class SpeculatorTrainingLoop(ABC):
             profiler_config=self.profiler_config,
         )
 
+    def prefetch_states(self, batch: Mapping[str, Any]) -> None:  # noqa: B027 - not every process has an engine
+        """Begin to read the hidden states of the batch after the next step, where that can be done from here."""
+
+    def _load_model(self) -> None:
+        """Have the workers build their engines, with hidden states on disk if the run keeps any."""
+        if self.config.data.hidden_states_cache is None:
+            self.training_client.reset()
+            return
+        revision = getattr(self.model_config.hf_config, "_commit_hash", None)
+        settings = self.processes.on_first(lambda: open_states_cache(self.config, revision))
+        self.training_client.use_states_cache(settings)
+        self.training_client.reset()
+        self._states_cache = settings
+        # A list from a group of workers.
+        sizes = self.training_client.states_bytes_per_token()
+        bytes_per_token = sizes if isinstance(sizes, int) else sizes[0]
+        datasets = [dataset for dataset in (self.train_dataset, self.val_dataset) if dataset is not None]
+        said = self.processes.on_first(lambda: plan(self.config, settings, bytes_per_token, datasets))
+        if self.processes.is_first:
+            print(said)
+
+    def _share_states(self) -> None:
+        if self._states_cache is not None:
+            self.training_client.share_states()
+
     def _build_dataloader(self) -> None:
         data = self.config.data
         rank, num_shards = self.data_shard()
@@ -99,18 +128,21 @@ class SpeculatorTrainingLoop(ABC):
             num_workers=data.num_workers,
             collate_fn=SFTTensorCollator(data.pad_mode),
         )
-        self.val_dataloader = None
-        if self.val_dataset:
-            # The last batch too must be cut evenly, among ranks and into micro-batches.
-            multiple = self.data_parallel_size() * (1 if data.use_dynamic_bsz else data.micro_batch_size_per_gpu)
-            padded = PaddedEvaluation(self.val_dataset, multiple)
-            self.val_dataloader = DataLoader(
-                padded,
-                batch_size=self.global_batch_size // num_shards,
-                sampler=range(rank, len(padded), num_shards),
-                num_workers=data.num_workers,
-                collate_fn=SFTTensorCollator(data.pad_mode),
-            )
+        self.val_dataloader = self._evaluation_loader(self.val_dataset) if self.val_dataset else None
+
+    def _evaluation_loader(self, dataset: Any) -> DataLoader:
+        """Every row, on one of the processes."""
+        data, (rank, num_shards) = self.config.data, self.data_shard()
+        # The last batch too must be cut evenly, among ranks and into micro-batches.
+        multiple = self.data_parallel_size() * (1 if data.use_dynamic_bsz else data.micro_batch_size_per_gpu)
+        padded = PaddedEvaluation(dataset, multiple)
+        return DataLoader(
+            padded,
+            batch_size=self.global_batch_size // num_shards,
+            sampler=range(rank, len(padded), num_shards),
+            num_workers=data.num_workers,
+            collate_fn=SFTTensorCollator(data.pad_mode),
+        )
 
     def _plan_steps(self) -> None:
         """Steps an epoch and in all, and how often to validate and save; verl's meanings."""
@@ -183,6 +215,8 @@ class SpeculatorTrainingLoop(ABC):
             if is_last or stops or _is_due(self.save_freq, position.global_step):
                 folder = self.ckpt_handler.save()
                 self._say(f"Saved {folder / SUBFOLDER}")
+            if is_last or stops:
+                self._share_states()
             if stops and not is_last:
                 self._say(f"Stopped by SIGTERM after step {position.global_step}: the same command goes on from there")
                 return False
@@ -203,7 +237,9 @@ class SpeculatorTrainingLoop(ABC):
             while position.global_step < self.total_training_steps:
                 self.train_sampler.set_epoch(position.epoch)
                 self.train_sampler.skip_once(position.samples)
-                for batch in self.train_dataloader:
+                for batch, following in _with_next(self.train_dataloader):
+                    if following is not None and self._states_cache is not None:
+                        self.prefetch_states(following)
                     # Ahead of the step, for a checkpoint saved while the caller has the batch.
                     position.global_step += 1
                     position.samples += self.global_batch_size
@@ -212,6 +248,7 @@ class SpeculatorTrainingLoop(ABC):
                     if position.global_step >= self.total_training_steps:
                         return
                 position.epoch, position.samples = position.epoch + 1, 0
+                self._share_states()
 
     def _train_step(self, batch: Mapping[str, Any], position: Position) -> dict[str, float]:
         data = self._tensordict(batch)
@@ -233,7 +270,8 @@ class SpeculatorTrainingLoop(ABC):
         if output is None:
             # Another rank has the outputs of these rows.
             return {}
-        metrics = self._summarize(output.pop(SUMS_KEY)[0])
+        sums = output.pop(SUMS_KEY)[0]
+        metrics = self._summarize(sums)
         metrics["loss"] = output.pop("loss")
         metrics |= {name: output.pop(name) for name in ("grad_norm", "lr", "mfu") if name in output}
         self._progress.set_postfix(loss=f"{metrics['loss']:.3f}", accept=f"{metrics.get('acceptance_length', 0):.2f}")
@@ -243,6 +281,7 @@ class SpeculatorTrainingLoop(ABC):
             "train/total_tokens(B)": position.total_tokens / 1e9,
             "perf/tokens_per_second": sum(seqlens) / seconds,
             "perf/step_seconds": seconds,
+            **_states_metrics(sums, seconds),
             **{name: value for name, value in output.items() if name.startswith("perf/")},
         }
 
@@ -256,6 +295,7 @@ class SpeculatorTrainingLoop(ABC):
             output = self.infer_batch(self._tensordict(batch))
             for name, value in (output[SUMS_KEY][0] if output is not None else {}).items():
                 totals[name] += value
+        self._share_states()
         if totals and self.is_logging():
             # Losses of batches do not average to that of the whole; the sums do.
             sums = {name: value for name, value in totals.items() if name not in ("speculator_loss", "base_loss")}
@@ -292,6 +332,28 @@ class SpeculatorTrainingLoop(ABC):
             self._tracking.log(data=metrics, step=global_step)
         if self._metrics_log is not None:
             self._metrics_log.append(global_step, metrics)
+
+
+def _with_next(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Each with the one after it, or None after the last."""
+    iterator = iter(batches)
+    batch = next(iterator, None)
+    while batch is not None:
+        following = next(iterator, None)
+        yield batch, following
+        batch = following
+
+
+def _states_metrics(sums: Mapping[str, float], step_seconds: float) -> dict[str, float]:
+    """What a step that read hidden states did without, and waited for them."""
+    if f"{PREFIX}/saved_seconds" not in sums:
+        return {}
+    saved = sums[f"{PREFIX}/saved_seconds"]
+    return {
+        "perf/base_seconds_saved": saved,
+        "perf/states_wait_seconds": sums[f"{PREFIX}/wait_seconds"],
+        "perf/step_saved": saved / (saved + step_seconds),
+    }
 
 
 def _is_due(frequency: int, step: int) -> bool:

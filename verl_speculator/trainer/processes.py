@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from verl_speculator.errors import SpeculatorError
+
+T = TypeVar("T")
 
 
 class Processes(ABC):
@@ -22,6 +27,24 @@ class Processes(ABC):
     @abstractmethod
     def from_first(self, value: Any) -> Any:
         """The first process's value, on every process."""
+
+    def on_first(self, act: Callable[[], T]) -> T:
+        """What the first process gets from `act`; if that fails there, no process goes on."""
+        result: Any = None
+        failure: Exception | None = None
+        if self.is_first:
+            try:
+                result = act()
+            except (SpeculatorError, OSError) as error:
+                failure = error
+        # The failure itself stays here: not every error can be sent to another process.
+        failed, result = self.from_first((failure is not None, result))
+        if failure is not None:
+            raise failure
+        if failed:
+            # The first process says why, once.
+            raise SystemExit(2)
+        return result
 
     @abstractmethod
     def is_any(self, flag: bool) -> bool:
