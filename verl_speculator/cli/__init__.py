@@ -10,11 +10,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from verl_speculator.cli import data, eval, export, regenerate, serve, train, train_report
+from verl_speculator.cli import base, data, eval, export, regenerate, serve, train, train_report
 from verl_speculator.errors import SpeculatorError
 
 EXIT_USER_ERROR = 2
 _COMMANDS = {
+    "base": base,
     "data": data,
     "regenerate": regenerate,
     "train": train,

@@ -106,7 +106,7 @@ class CachedStates:
 
 @contextmanager
 def without_layers(hf_config: Any) -> Iterator[None]:
-    """What is loaded meanwhile has embeddings, norm, `lm_head` and the first layer: verl shards no model without one."""
+    """What is loaded meanwhile has embeddings, norm, `lm_head` and the first layer: verl shards nothing without one."""
     config = hf_config.get_text_config()
     kept = {name: getattr(config, name) for name in ("num_hidden_layers", "layer_types") if hasattr(config, name)}
     verbosity = logging.get_verbosity()
