@@ -20,10 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             description=module.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(run=module.run)
+        command.set_defaults(run_data_command=module.run)
         module.add_arguments(command)
 
 
 def run(args: argparse.Namespace) -> None:
-    """A subcommand's own stands in its place."""
-    raise AssertionError(args)
+    args.run_data_command(args)
