@@ -116,6 +116,9 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
     trained = f"model.speculator_path={runs.folder / 'whole' / f'global_step_{STEPS}'}"
     states, few = f"data.hidden_states_cache={runs.folder / 'states'}", "trainer.total_training_steps=2"
     eagle3 = ["model.speculator_type=eagle3", f"data.hidden_states_cache={runs.folder / 'eagle3_states'}", few]
+    # With a learning rate at which nothing is learned, every validation is as good as the first.
+    early = ["trainer.early_stop_patience=2", "trainer.test_freq=1", "trainer.save_freq=100", "optim.lr=1e-12"]
+    early.append("trainer.max_ckpt_to_keep=1")
     # Cut into other micro-batches than when they were written.
     cut_otherwise = ["data.max_length=512", "data.max_token_len_per_gpu=512"]
     table = {
@@ -132,6 +135,8 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
         "states_stopped": runs.overrides("states_resumed", *LSTM, states, stop, "trainer.test_freq=3"),
         "states_resumed": runs.overrides("states_resumed", *LSTM, states, "trainer.test_freq=3"),
         "states_read": runs.overrides("states_read", *LSTM, states, "trainer.test_freq=3"),
+        "early": runs.overrides("early", *LSTM, *early),
+        "early_again": runs.overrides("early", *LSTM, *early),
         "eagle3_plain": runs.overrides("eagle3_plain", *eagle3[:1], few, "data.max_length=512"),
         "eagle3_written": runs.overrides("eagle3_written", *eagle3, "data.max_length=512"),
         "eagle3_read": runs.overrides("eagle3_read", *eagle3, *cut_otherwise),
@@ -277,6 +282,15 @@ def test_the_mlp_speculator_trains_on_padded_batches(runs, launched) -> None:
     assert {tensor.dtype for tensor in runs.weights("mlp", step=2).values()} == {torch.bfloat16}
     on_cpu = json.loads((runs.folder / "custom" / "global_step_2" / "speculator" / "config.json").read_text())
     assert on_cpu["torch_dtype"] == "float32"
+
+
+def test_stops_early_and_keeps_the_best(runs, launched) -> None:
+    assert sorted(launched["early"]) == [1, 2, 3]
+    assert launched["early_again"] == {}
+    assert layout.complete_steps(runs.folder / "early") == [1, 3], "max_ckpt_to_keep=1, and the best"
+    best = Speculator.from_pretrained(runs.folder / "early").state_dict()
+    for name, tensor in Speculator.from_pretrained(runs.folder / "early" / "global_step_1").state_dict().items():
+        assert torch.equal(best[name], tensor), name
 
 
 def test_hidden_states_from_disk_train_like_those_of_the_base(runs, launched) -> None:

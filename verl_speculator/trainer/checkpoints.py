@@ -30,12 +30,27 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Position:
-    """How far a run has come; `samples` counts those of the current epoch over all ranks."""
+    """How far a run has come; `samples` counts those of the current epoch over all ranks.
+
+    The last three are for a run that stops early: the best validation, its step, and how many have followed it.
+    """
 
     global_step: int = 0
     epoch: int = 0
     samples: int = 0
     total_tokens: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    validations_since_best: int = 0
+
+    def note_validation(self, value: float) -> bool:
+        """Whether a validation of this step with this result, of which more is better, is the best so far."""
+        is_best = self.best_value is None or value > self.best_value
+        if is_best:
+            self.best_value, self.best_step, self.validations_since_best = value, self.global_step, 0
+        else:
+            self.validations_since_best += 1
+        return is_best
 
 
 class RunCheckpoints:
@@ -123,7 +138,10 @@ class RunCheckpoints:
         (staging / ORIGIN_FILE).write_text(json.dumps(self._origin, indent=2) + "\n")
         OmegaConf.save(self._config, staging / layout.RUN_CONFIG_FILE, resolve=True)
         folder = layout.commit(self._root, step)
-        layout.keep_newest(self._root, step, self._config.trainer.max_ckpt_to_keep)
+        best = self.position.best_step if self.position.best_value is not None else None
+        if best == step:
+            layout.mark_best(self._root, step)
+        layout.keep_newest(self._root, step, self._config.trainer.max_ckpt_to_keep, best)
         return folder
 
 

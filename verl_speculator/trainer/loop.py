@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -24,11 +25,14 @@ from verl_speculator.data.loading import PaddedEvaluation, ResumableSampler
 from verl_speculator.engine.cached_states import PREFIX
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.step_sums import SUMS_KEY
-from verl_speculator.models.serialization import SUBFOLDER
+from verl_speculator.errors import ConfigError
+from verl_speculator.models.serialization import BEST_FILE, SUBFOLDER
 from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
 from verl_speculator.trainer.hidden_states import open_states_cache, plan
 from verl_speculator.trainer.metrics_log import MetricsLog
 from verl_speculator.trainer.processes import Processes
+
+_TO_STOP_BY = ("closed_loop_acceptance_length", "acceptance_length")
 
 
 class SpeculatorTrainingLoop(ABC):
@@ -198,29 +202,52 @@ class SpeculatorTrainingLoop(ABC):
             self._validate(position.global_step)
         if self.config.trainer.val_only:
             return not self.processes.is_any(self._sigterm_received)
-        if position.global_step >= self.total_training_steps:
+        if position.global_step >= self.total_training_steps or self._has_stopped_early(position):
             self._say(
                 f"Nothing to train: this run ended with step {position.global_step}, its results are in "
-                f"{self.config.trainer.default_local_dir}; to train longer raise trainer.total_epochs or "
-                "trainer.total_training_steps"
+                f"{self.config.trainer.default_local_dir}; to train longer raise trainer.total_epochs, "
+                "trainer.total_training_steps or, where it was set, trainer.early_stop_patience"
             )
             return True
+        patience = self.config.trainer.early_stop_patience
         for batch in self._batches(position):
             self._log(self._train_step(batch, position), position.global_step)
-            is_last = position.global_step >= self.total_training_steps
+            is_last, is_best = position.global_step >= self.total_training_steps, False
             if is_last or _is_due(self.test_freq, position.global_step):
-                self._validate(position.global_step)
+                value = self._validate(position.global_step)
+                if patience is not None:
+                    value = self.processes.largest(value)
+                    # One that SIGTERM broke off has no result, on any process.
+                    is_best = value > -math.inf and position.note_validation(value)
+                    if value == -math.inf and not self.processes.is_any(self._sigterm_received):
+                        raise ConfigError(
+                            "trainer.early_stop_patience: validation measures no acceptance length of this type of "
+                            "speculator, so leave it out"
+                        )
             # Asked at one point of every step: processes that saved at different ones would wait for each other.
             stops = self.processes.is_any(self._sigterm_received)
-            if is_last or stops or _is_due(self.save_freq, position.global_step):
+            ends = is_last or stops or self._has_stopped_early(position)
+            if ends or is_best or _is_due(self.save_freq, position.global_step):
                 folder = self.ckpt_handler.save()
                 self._say(f"Saved {folder / SUBFOLDER}")
-            if is_last or stops:
+            if ends:
                 self._share_states()
-            if stops and not is_last:
-                self._say(f"Stopped by SIGTERM after step {position.global_step}: the same command goes on from there")
-                return False
+                self._say_why(position, is_last=is_last, stops=stops)
+                return is_last or not stops
         return True
+
+    def _has_stopped_early(self, position: Position) -> bool:
+        patience = self.config.trainer.early_stop_patience
+        return patience is not None and position.validations_since_best >= patience
+
+    def _say_why(self, position: Position, *, is_last: bool, stops: bool) -> None:
+        if self._has_stopped_early(position):
+            self._say(
+                f"Stopped after step {position.global_step}: {position.validations_since_best} validations in a row "
+                f"were no better than that of step {position.best_step}, to which {BEST_FILE} leads"
+            )
+        elif stops and not is_last:
+            self._say(f"Stopped by SIGTERM after step {position.global_step}: the same command goes on from there")
 
     def _batches(self, position: Position) -> Iterator[Any]:
         """Batches from `position` on, which is kept up to date, until the last step."""
@@ -285,21 +312,30 @@ class SpeculatorTrainingLoop(ABC):
             **{name: value for name, value in output.items() if name.startswith("perf/")},
         }
 
-    def _validate(self, global_step: int) -> None:
-        """Log the averages over the whole validation set, unless SIGTERM comes."""
+    def _validate(self, global_step: int) -> float:
+        """Log the averages over the whole validation set, unless SIGTERM comes.
+
+        Returns:
+            The acceptance length that decoding along its answers would have, on the process that logs and if it was
+            measured; else minus infinity.
+        """
         totals: dict[str, float] = defaultdict(float)
         for batch in self.val_dataloader or ():
             if self.processes.is_any(self._sigterm_received):
                 # A scheduler grants seconds, and a validation can take minutes.
-                return
+                return -math.inf
             output = self.infer_batch(self._tensordict(batch))
             for name, value in (output[SUMS_KEY][0] if output is not None else {}).items():
                 totals[name] += value
         self._share_states()
-        if totals and self.is_logging():
-            # Losses of batches do not average to that of the whole; the sums do.
-            sums = {name: value for name, value in totals.items() if name not in ("speculator_loss", "base_loss")}
-            self._log({f"val/{name}": value for name, value in self._summarize(sums).items()}, global_step)
+        if not totals or not self.is_logging():
+            return -math.inf
+        # Losses of batches do not average to that of the whole; the sums do.
+        sums = {name: value for name, value in totals.items() if name not in ("speculator_loss", "base_loss")}
+        metrics = self._summarize(sums)
+        self._log({f"val/{name}": value for name, value in metrics.items()}, global_step)
+        # Not every type of speculator can tell what decoding would do.
+        return next((metrics[name] for name in _TO_STOP_BY if name in metrics), -math.inf)
 
     def _summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         metrics = self._adapter.summarize_metrics(sums)

@@ -51,6 +51,10 @@ class Processes(ABC):
         """Whether the flag is set on any process."""
 
     @abstractmethod
+    def largest(self, value: float) -> float:
+        """The largest value of any process."""
+
+    @abstractmethod
     def that_miss(self, file: Path) -> list[int]:
         """The ranks that train and do not see a file that the first process has just written."""
 
@@ -71,6 +75,11 @@ class TorchrunProcesses(Processes):
         flags = torch.tensor([flag], dtype=torch.uint8)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
+
+    def largest(self, value: float) -> float:
+        values = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.item()
 
     def that_miss(self, file: Path) -> list[int]:
         seen = torch.zeros(dist.get_world_size(), dtype=torch.uint8)
@@ -98,6 +107,9 @@ class RayDriver(Processes):
 
     def is_any(self, flag: bool) -> bool:
         return flag
+
+    def largest(self, value: float) -> float:
+        return value
 
     def that_miss(self, file: Path) -> list[int]:
         return [rank for rank, sees in enumerate(self._workers.sees(str(file))) if not sees]

@@ -81,6 +81,8 @@ def _check_data(config: DictConfig) -> None:
     for key in ("val_only", "val_before_train"):
         if config.trainer[key]:
             raise ConfigError(f"trainer.{key}=true needs data.val_files")
+    if config.trainer.early_stop_patience is not None:
+        raise ConfigError("trainer.early_stop_patience needs data.val_files, of which it counts the validations")
 
 
 def _count_rows(data: DictConfig, name: str, limit: int) -> float:

@@ -188,6 +188,7 @@ class _Trainer(_Section):
     n_gpus_per_node: _PositiveInt
     save_freq: _Frequency
     test_freq: _Frequency
+    early_stop_patience: _PositiveIntOrNull
     val_before_train: _Bool
     val_only: _Bool
 

@@ -462,6 +462,11 @@ def test_hidden_states_of_something_else_are_refused(check, refused, good_run, t
     assert "is not empty and has no cache.json" in refused(f"data.hidden_states_cache={chat_data.train.parent}")
 
 
+def test_an_early_stop_needs_validation(refused) -> None:
+    assert "needs data.val_files" in refused("trainer.early_stop_patience=2", "data.val_files=null")
+    assert "must be null or a positive integer" in refused("trainer.early_stop_patience=0")
+
+
 def test_hidden_states_are_kept_of_a_frozen_base_on_fsdp(refused, tmp_path) -> None:
     cache = f"data.hidden_states_cache={tmp_path / 'states'}"
     assert "needs model.freeze_base_model=true" in refused(cache, "model.freeze_base_model=false")
