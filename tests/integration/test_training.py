@@ -114,13 +114,18 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
     stop = "trainer.total_training_steps=3"
     custom = f"model.speculator_adapter={{path: {CUSTOM_ADAPTER}, name: GatedSpeculatorAdapter}}"
     trained = f"model.speculator_path={runs.folder / 'whole' / f'global_step_{STEPS}'}"
-    states, few = f"data.hidden_states_cache={runs.folder / 'states'}", "trainer.total_training_steps=2"
-    eagle3 = ["model.speculator_type=eagle3", f"data.hidden_states_cache={runs.folder / 'eagle3_states'}", few]
+    states, kept = (f"data.hidden_states_cache={runs.folder / name}" for name in ("states", "eagle3_states"))
     # With a learning rate at which nothing is learned, every validation is as good as the first.
     early = ["trainer.early_stop_patience=2", "trainer.test_freq=1", "trainer.save_freq=100", "optim.lr=1e-12"]
     early.append("trainer.max_ckpt_to_keep=1")
-    # Cut into other micro-batches than when they were written.
-    cut_otherwise = ["data.max_length=512", "data.max_token_len_per_gpu=512"]
+    # Into other micro-batches than when they were written.
+    cut_otherwise = "data.max_token_len_per_gpu=512"
+
+    def eagle3(name: str, *more: str) -> list[str]:
+        settings = ["model.speculator_type=eagle3", "data.max_length=512", "trainer.total_training_steps=2", *more]
+        # The shared ones are of heads.
+        return [text for text in runs.overrides(name, *settings) if not text.startswith("model.speculator.")]
+
     table = {
         "whole": runs.overrides("whole", *LSTM, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2", LOGGERS),
         "evaluated": runs.overrides("evaluated", trained, "trainer.val_only=true"),
@@ -137,9 +142,9 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
         "states_read": runs.overrides("states_read", *LSTM, states, "trainer.test_freq=3"),
         "early": runs.overrides("early", *LSTM, *early),
         "early_again": runs.overrides("early", *LSTM, *early),
-        "eagle3_plain": runs.overrides("eagle3_plain", *eagle3[:1], few, "data.max_length=512"),
-        "eagle3_written": runs.overrides("eagle3_written", *eagle3, "data.max_length=512"),
-        "eagle3_read": runs.overrides("eagle3_read", *eagle3, *cut_otherwise),
+        "eagle3_plain": eagle3("eagle3_plain"),
+        "eagle3_written": eagle3("eagle3_written", kept),
+        "eagle3_read": eagle3("eagle3_read", kept, cut_otherwise),
         "custom": runs.overrides("custom", custom, "trainer.total_training_steps=2"),
         "mlp": runs.overrides(
             "mlp",
