@@ -26,12 +26,13 @@ from verl_speculator.models.serialization import SUBFOLDER
 from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
 from verl_speculator.trainer.metrics_log import MetricsLog
 from verl_speculator.trainer.processes import Processes
+from verl_speculator.trainer.rows import build_rows
 
 
 class SpeculatorTrainingLoop(ABC):
     """Mixed into verl's two `SFTTrainer` classes, which build configuration, dataset and workers.
 
-    verl calls `_build_dataloader`, `_build_engine` and `_build_ckpt_handler` from its constructor, in an order that
+    verl calls `_build_dataset`, `_build_dataloader`, `_build_engine` and `_build_ckpt_handler` from its constructor, in an order that
     differs between the two, and then `ckpt_handler.load_checkpoint()`.
     """
 
@@ -84,6 +85,14 @@ class SpeculatorTrainingLoop(ABC):
             checkpoint_config=self.checkpoint_config,
             profiler_config=self.profiler_config,
         )
+
+    def _build_dataset(self) -> None:
+        data = self.config.data
+        readers = self.model_config.tokenizer, self.model_config.processor
+        self.train_dataset = build_rows(data, "train_files", data.train_max_samples, *readers)
+        self.val_dataset = None
+        if data.val_files:
+            self.val_dataset = build_rows(data, "val_files", data.val_max_samples, *readers)
 
     def _build_dataloader(self) -> None:
         data = self.config.data
