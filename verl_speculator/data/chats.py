@@ -72,7 +72,8 @@ def _chat(file: str, row: int, messages: Any, tools: Any, key: str) -> Chat:
     # An assistant's turn that calls a tool may have no content.
     if not turns or not all("role" in turn and ("content" in turn or turn["role"] == "assistant") for turn in turns):
         raise DataError(
-            f"{where}, has nothing to answer: a chat needs messages of {{role, content}} before the assistant's last one"
+            f"{where}, has nothing to answer: a chat needs messages of {{role, content}} before the assistant's "
+            "last one"
         )
     return Chat(file, row, turns, answer, to_tools(tools, where))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -89,9 +88,7 @@ def render_chat(
     return Rendered(encoded["input_ids"], mask)
 
 
-def _answers_in(
-    text: str, apply: Callable[..., str], messages: Sequence[Message], where: str
-) -> list[tuple[int, int]]:
+def _answers_in(text: str, apply: Callable[..., str], messages: Sequence[Message], where: str) -> list[tuple[int, int]]:
     """Where in the chat's `text` each answer begins and ends."""
     spans = []
     for turn, message in enumerate(messages):
@@ -100,8 +97,8 @@ def _answers_in(
         prompt = apply(messages[:turn], add_generation_prompt=True)
         answered = apply(messages[: turn + 1])
         # Not all of the prompt where it ends with what only it has, such as an opened <think>.
-        start = len(os.path.commonprefix([prompt, text]))
-        answer = answered[len(os.path.commonprefix([prompt, answered])) :]
+        start = _common_prefix(prompt, text)
+        answer = answered[_common_prefix(prompt, answered) :]
         kept = next((answer[k:] for k in range(len(answer)) if text.startswith(answer[k:], start)), "")
         if not text.startswith(apply(messages[:turn])) or not kept.strip():
             raise DataError(
@@ -111,3 +108,9 @@ def _answers_in(
             )
         spans.append((start, start + len(kept)))
     return spans
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """The number of characters with which both begin."""
+    different = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(different, min(len(one), len(other)))

@@ -49,8 +49,8 @@ def check_token_columns(schema: pa.Schema, where: str) -> None:
             raise DataError(f"{where}: column {name!r} must hold lists of integers, not {kind}")
     if TOKENIZER not in schema.names:
         raise DataError(
-            f"{where} holds tokens and has no column {TOKENIZER!r} that says whose: `verl-speculator regenerate` writes "
-            "it, and `verl_speculator.data.token_rows.tokenizer_fingerprint` makes its value"
+            f"{where} holds tokens and has no column {TOKENIZER!r} that says whose: `verl-speculator regenerate` "
+            "writes it, and `verl_speculator.data.token_rows.tokenizer_fingerprint` makes its value"
         )
 
 

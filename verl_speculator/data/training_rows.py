@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
@@ -159,7 +158,10 @@ class _Reader:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         described = [
             _VERSION,
-            [(str(Path(file).resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in zip(self.files, stats, strict=True)],
+            [
+                (str(Path(file).resolve()), stat.st_size, stat.st_mtime_ns)
+                for file, stat in zip(self.files, stats, strict=True)
+            ],
             chosen,
             [settings.messages_key, settings.tools_key, settings.enable_thinking_key, settings.enable_thinking_default],
             dict(settings.apply_chat_template_kwargs),

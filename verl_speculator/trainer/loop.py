@@ -32,8 +32,8 @@ from verl_speculator.trainer.rows import build_rows
 class SpeculatorTrainingLoop(ABC):
     """Mixed into verl's two `SFTTrainer` classes, which build configuration, dataset and workers.
 
-    verl calls `_build_dataset`, `_build_dataloader`, `_build_engine` and `_build_ckpt_handler` from its constructor, in an order that
-    differs between the two, and then `ckpt_handler.load_checkpoint()`.
+    verl calls `_build_dataset`, `_build_dataloader`, `_build_engine` and `_build_ckpt_handler` from its constructor, in
+    an order that differs between the two, and then `ckpt_handler.load_checkpoint()`.
     """
 
     # From verl's trainers

@@ -37,11 +37,13 @@ def build_rows(data: DictConfig, name: str, max_samples: int, tokenizer: Any, pr
         )
         if processor is None and not data.ignore_input_ids_mismatch:
             given = {name: data[name] for name in _OF_VERL if data.get(name) is not None}
-            options = OmegaConf.to_container(OmegaConf.create(data.get("apply_chat_template_kwargs") or {}))
+            thinks = data.get("enable_thinking_default")
+            options: Any = OmegaConf.to_container(OmegaConf.create(data.get("apply_chat_template_kwargs") or {}))
             settings = RowSettings(
                 key,
                 max_samples=max_samples,
-                enable_thinking_default=data.get("enable_thinking_default"),
+                # verl's configuration has the word where it means null.
+                enable_thinking_default=None if thinks == "none" else thinks,
                 apply_chat_template_kwargs=options,
                 **given,
             )

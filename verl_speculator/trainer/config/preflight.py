@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
 from verl_speculator.base_model.files import BaseSizes, check_base_files
 from verl_speculator.checkpoint.layout import check_intact, find_resume_path
-from verl_speculator.data.chats import check_training_file, check_file, resolve_files
+from verl_speculator.data.chats import check_file, check_training_file, resolve_files
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.trainer.config.compose import engine_name
 from verl_speculator.trainer.config.megatron import check_layout, check_packages
