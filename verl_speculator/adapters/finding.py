@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from verl_speculator.adapters.chain_adapter import ChainSpeculatorAdapter
@@ -15,10 +14,15 @@ from verl_speculator.adapters.model_adapter import ModelAdapter
 from verl_speculator.errors import ConfigError
 from verl_speculator.models import ChainSpeculator, Speculator
 from verl_speculator.models.config import algorithm_names
-from verl_speculator.models.importing import import_attribute, import_from_file
+from verl_speculator.models.importing import import_attribute, import_code
 from verl_speculator.models.speculator import config_class_of
 
 ADAPTER_KEY = "model.speculator_adapter"
+# Names under which scripts for verl's own speculator trainer may know ours.
+_OTHER_NAMES: Mapping[str, type[SpeculatorAdapter]] = {
+    "verl.trainer.speculators.lstm_adapter.LSTMSpeculatorAdapter": LSTMSpeculatorAdapter,
+    "verl.trainer.speculators.mlp_adapter.MLPSpeculatorAdapter": MLPSpeculatorAdapter,
+}
 
 
 def build_speculator_adapter(spec: Any, settings: Mapping[str, Any]) -> SpeculatorAdapter:
@@ -26,7 +30,8 @@ def build_speculator_adapter(spec: Any, settings: Mapping[str, Any]) -> Speculat
 
     Args:
         spec: The name of a registered algorithm, a dotted name, `{"fqn": dotted name}`, or
-            `{"path": file, "name": class}`. What is named may be the class of a registered model instead of an adapter.
+            `{"path": file or module, "name": class}`. What is named may be a registered model's class instead of an
+            adapter, and `name` the name under which that file or module registers one.
 
     Raises:
         ConfigError: The name does not import, is not an adapter, or the settings do not fit it.
@@ -44,13 +49,16 @@ def load_adapter_class(spec: Any) -> type[SpeculatorAdapter]:
             )
         name, found = spec, Speculator.get_class(spec)
     elif isinstance(spec, str):
-        name, found = spec, import_attribute(spec, ADAPTER_KEY)
+        name, found = spec, _dotted(spec)
     elif isinstance(spec, Mapping) and set(spec) == {"fqn"}:
         name = str(spec["fqn"])
-        found = import_attribute(name, ADAPTER_KEY)
+        found = _dotted(name)
     elif isinstance(spec, Mapping) and set(spec) == {"path", "name"}:
-        name = str(spec["name"])
-        found = import_from_file(Path(str(spec["path"])).expanduser(), name, ADAPTER_KEY)
+        name, path = str(spec["name"]), str(spec["path"])
+        module = import_code(path, ADAPTER_KEY)
+        if not hasattr(module, name) and name not in algorithm_names():
+            raise ConfigError(f"{ADAPTER_KEY}: {path!r} has no class {name!r} and registers no speculator of that name")
+        found = getattr(module, name) if hasattr(module, name) else Speculator.get_class(name)
     else:
         raise ConfigError(
             f"{ADAPTER_KEY} must be a dotted name, {{fqn: dotted.name}} or {{path: file.py, name: Class}}, got {spec!r}"
@@ -65,6 +73,10 @@ def load_adapter_class(spec: Any) -> type[SpeculatorAdapter]:
         missing = ", ".join(sorted(found.__abstractmethods__))
         raise ConfigError(f"{ADAPTER_KEY}: {name!r} is no complete adapter; it must define {missing}")
     return found
+
+
+def _dotted(name: str) -> Any:
+    return _OTHER_NAMES.get(name) or import_attribute(name, ADAPTER_KEY)
 
 
 def adapter_of(model_class: type[Speculator]) -> type[SpeculatorAdapter]:

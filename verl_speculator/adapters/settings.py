@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 from torch import nn
 
 from verl_speculator.errors import ConfigError, nearest_name
-from verl_speculator.models import SpeculatorConfig
+from verl_speculator.models import ChainSpeculatorConfig, SpeculatorConfig
 
 SECTION = "model.speculator"
 ConfigT = TypeVar("ConfigT", bound=SpeculatorConfig)
@@ -35,6 +35,37 @@ _BASE_FIELDS = ("input_hidden_dim", "vocab_size", "base_model_name_or_path", "ba
 def config_settings(config_class: type[SpeculatorConfig]) -> list[str]:
     """The fields of a configuration that a user sets."""
     return [field.name for field in dataclasses.fields(config_class) if field.name not in _BASE_FIELDS]
+
+
+class Setting(NamedTuple):
+    """What a run may set of an algorithm, as its configuration class declares it."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+
+
+def declared_settings(config_class: type[SpeculatorConfig]) -> list[Setting]:
+    """All that a run may set of an algorithm.
+
+    A chain's are the fields of its configuration beside those of its `training_arguments`. Of another model they are
+    the latter alone, for its configuration follows from these; or the former, where it has no such class.
+    """
+    is_chain = issubclass(config_class, ChainSpeculatorConfig)
+    arguments: Any = config_class.training_arguments
+    found = {}
+    for owner in (config_class, arguments) if is_chain or arguments is None else (arguments,):
+        if owner is None:
+            continue
+        annotations = get_type_hints(owner)
+        for field in dataclasses.fields(owner):
+            if field.init and field.name not in _BASE_FIELDS:
+                # What the run's file sets comes before a chain's own default.
+                default = (SHARED_DEFAULTS.get(field.name) if is_chain else None) or field.default
+                help_text = str(field.metadata.get("help", ""))
+                found[field.name] = Setting(field.name, annotations[field.name], default, help_text)
+    return list(found.values())
 
 
 def own_settings(known: Collection[str], settings: Mapping[str, Any], also: Collection[str] = ()) -> dict[str, Any]:

@@ -7,14 +7,16 @@ loads nothing heavy, and `run` imports only when it has checked what it was give
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
-from verl_speculator.cli import eval, export, regenerate, serve, train, train_report
+from verl_speculator.cli import base, eval, export, regenerate, serve, train, train_report
 from verl_speculator.errors import SpeculatorError
 
 EXIT_USER_ERROR = 2
 _COMMANDS = {
+    "base": base,
     "regenerate": regenerate,
     "train": train,
     "train-report": train_report,
@@ -26,6 +28,7 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv`, by default the process's own; the exit status. A user's mistake is one line."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(
         prog="verl-speculator",
         description="Train the draft heads of speculative decoding inside verl, measure them and serve them in vLLM.",
@@ -40,11 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             help=module.PURPOSE,
             description=module.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            # vLLM's --speculator-... must not be taken for the beginning of an option of ours.
-            allow_abbrev=module is not serve,
+            # vLLM's --speculator-... must not be taken for the beginning of an option of ours, and which options
+            # training has depends on the speculator.
+            allow_abbrev=module not in (serve, train),
         )
         command.set_defaults(run=module.run)
         module.add_arguments(command)
+        if module is train and argv[:1] == ["train"]:
+            try:
+                train.add_arguments_of(command, argv[1:])
+            except SpeculatorError as error:
+                return _refuse(error)
     args, rest = parser.parse_known_args(argv)
     args.rest = rest
     if args.version:
@@ -60,9 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int | None = args.run(args)
     except SpeculatorError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return _refuse(error)
     return status or 0
+
+
+def _refuse(error: SpeculatorError) -> int:
+    # Of torchrun's processes, which all find the same, one says it.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    return EXIT_USER_ERROR
 
 
 def _versions() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,25 @@ def add_data_arguments(group: Any, *, limit: int | None) -> None:
         help=f"the first N chats only (default: {limit or 'all'})",
     )
     group.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja file to use instead of the base's own")
+
+
+def add_import_argument(group: Any) -> None:
+    group.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE_OR_MODULE",
+        help="what registers a speculator type of your own; repeat for several",
+    )
+
+
+def import_all(names: Sequence[str]) -> None:
+    """Run files and modules of the user's for the speculator types that they register."""
+    for name in names:
+        from verl_speculator.models.importing import import_code
+
+        import_code(name, "--import")
 
 
 def add_decoding_arguments(group: Any, *, max_new_tokens: int, batch_size: int) -> None:
@@ -66,6 +86,6 @@ def add_load_arguments(group: Any) -> None:
 
 def settings_of(args: argparse.Namespace) -> EvaluationSettings:
     """Of a command whose flags have the names of its fields."""
-    return EvaluationSettings(
-        **{name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
-    )
+    values = {name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
+    values["num_draft_tokens"] = tuple(values.get("num_draft_tokens") or ())
+    return EvaluationSettings(**values)

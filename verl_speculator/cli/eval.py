@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from verl_speculator.cli.arguments import (
     add_data_arguments,
     add_decoding_arguments,
+    add_import_argument,
     add_load_arguments,
+    import_all,
     settings_of,
 )
-from verl_speculator.errors import ConfigError, MissingFileError, SpeculatorError
+from verl_speculator.errors import ConfigError, SpeculatorError
 from verl_speculator.evaluation.settings import DRAFT_SAMPLING, EvaluationInput, EvaluationSettings
 
 if TYPE_CHECKING:
@@ -46,14 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a speculator/ folder, a global_step_N that holds one, or a name on the hub; repeat to compare",
     )
-    what.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="FILE.py",
-        help="a file that registers a speculator type of your own",
-    )
+    add_import_argument(what)
     output = parser.add_argument_group("what to leave behind")
     output.add_argument("--report", type=Path, metavar="FOLDER", help="write eval.json and index.html there")
     output.add_argument(
@@ -78,8 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-draft-tokens",
         "--num-speculative-tokens",
         type=int,
+        action="append",
         metavar="K",
-        help="drafted per round (default: n_predict)",
+        help="drafted per round (default: n_predict); repeat to compare",
     )
     how.add_argument(
         "--draft-sampling",
@@ -97,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
     given = EvaluationInput(
         base=args.base, speculators=tuple(args.speculator), data=tuple(args.data), chat_template=args.chat_template
     )
-    for file in args.imports:
-        import_file(Path(file))
+    import_all(args.imports)
     check_input(given, settings)
     if args.report is not None:
         check_report_folder(args.report)
@@ -148,15 +143,6 @@ def _check_run(folder: Path) -> None:
         read_curves(folder)
     except SpeculatorError as error:
         raise type(error)(f"--run-dir: {error}") from error
-
-
-def import_file(file: Path) -> None:
-    """Run a file of the user's for the speculator types that it registers."""
-    if not file.is_file():
-        raise MissingFileError(f"--import: there is no file {str(file)!r}")
-    from verl_speculator.models import importing
-
-    importing.import_file(file, "--import")
 
 
 class _ProgressBars:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from verl_speculator.cli.arguments import add_import_argument, import_all
 from verl_speculator.serving.options import (
     LOCALHOST,
     Option,
@@ -19,6 +20,7 @@ from verl_speculator.serving.options import (
     values_of,
     without_secrets,
 )
+from verl_speculator.serving.plugin import IMPORTS_VARIABLE
 
 PURPOSE = "serve a base model with its speculator in vLLM"
 DESCRIPTION = """\
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="tokens drafted in each step (default: all heads)",
     )
+    add_import_argument(parser)
     parser.add_argument("--print-command", action="store_true", help="print the command for vLLM and exit")
 
 
@@ -52,6 +55,11 @@ def run(args: argparse.Namespace) -> int:
     # vLLM starts in this folder too, but its workers need not.
     speculator = os.path.abspath(args.speculator) if os.path.isdir(args.speculator) else args.speculator
     options = read_options(rest)
+    import_all(args.imports)
+    if args.imports:
+        # vLLM's processes inherit it, and the plugin in each of them imports the same.
+        paths = [os.path.abspath(name) if os.path.isfile(name) else name for name in args.imports]
+        os.environ[IMPORTS_VARIABLE] = os.pathsep.join(paths)
     check_before_serving(base, speculator, args.num_draft_tokens, options)
     if not any(option.is_called("--host", "--ho") or option.name == "--uds" for option in options):
         rest = [*rest, "--host", LOCALHOST]  # vLLM's own default is every address that the machine has

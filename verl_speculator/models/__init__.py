@@ -1,7 +1,7 @@
 """Speculator models and their files; needs torch and safetensors only."""
 
 from verl_speculator.models.chain import ChainSpeculator, ChainSpeculatorConfig
-from verl_speculator.models.config import SpeculatorConfig
+from verl_speculator.models.config import SpeculatorConfig, SpeculatorConfigBase
 from verl_speculator.models.lstm_speculator import ArcticLSTMSpeculator, ArcticLSTMSpeculatorConfig
 from verl_speculator.models.mlp_speculator import MLPSpeculator, MLPSpeculatorConfig
 from verl_speculator.models.speculator import Speculator, register_speculator
@@ -15,5 +15,6 @@ __all__ = [
     "MLPSpeculatorConfig",
     "Speculator",
     "SpeculatorConfig",
+    "SpeculatorConfigBase",
     "register_speculator",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -28,13 +28,32 @@ State: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass(kw_only=True)
+class ChainTrainingArguments:
+    """What a run may set of a chain beside its shape."""
+
+    objective: Any = field(
+        default="ce",
+        metadata={"help": "ce: the text's tokens; kl, rkl, tv, nla, lk: the base's distribution; or a weighted sum"},
+    )
+    objective_temperature: float = field(
+        default=1.0, metadata={"help": "the sampling temperature for which drafts are meant"}
+    )
+    head_loss_weights: Any = field(
+        default=None, metadata={"help": "how much each head counts: a list, {decay: 0.8} or adaptive"}
+    )
+
+
+@dataclass(kw_only=True)
 class ChainSpeculatorConfig(SpeculatorConfig):
     """Adds what IBM's `MLPSpeculator` and its descendants have in common, and the keys that their engines look for."""
 
     model_type: ClassVar[str] = "mlp_speculator"
+    training_arguments: ClassVar[type | None] = ChainTrainingArguments
 
-    scale_input: bool = False
-    tie_weights: bool = True
+    scale_input: bool = field(default=False, metadata={"help": "normalise the hidden state first"})
+    tie_weights: bool = field(
+        default=True, metadata={"help": "heads share embedding, norm and vocabulary matrix; sum_lstm needs it"}
+    )
 
     def validate(self) -> None:
         super().validate()

@@ -7,7 +7,7 @@ import importlib
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from reprlib import repr as short
 from typing import Any, ClassVar, TypeVar
@@ -97,8 +97,8 @@ class SpeculatorConfig:
     base_model_name_or_path: str = ""
     input_hidden_dim: int
     vocab_size: int
-    n_predict: int = 5
-    torch_dtype: str = "bfloat16"
+    n_predict: int = field(default=5, metadata={"help": "tokens drafted ahead"})
+    torch_dtype: str = field(default="bfloat16", metadata={"help": "the type in which engines load the weights"})
     base_model_archs: list[str] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -173,6 +173,10 @@ class SpeculatorConfig:
                     f"give the base model that it was trained on{base}"
                 )
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `config.json` into the folder `path`, which `from_pretrained` reads."""
+        serialization.write_config(path, self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json` in the form that other engines read.
 
@@ -181,8 +185,8 @@ class SpeculatorConfig:
         values = self.common_values()
         if self.speculators_model_type:
             values = {"speculators_model_type": self.speculators_model_type, **values}
-        common = {field.name for field in dataclasses.fields(SpeculatorConfig)}
-        own = (field.name for field in dataclasses.fields(self) if field.init and field.name not in common)
+        common = {one.name for one in dataclasses.fields(SpeculatorConfig)}
+        own = (one.name for one in dataclasses.fields(self) if one.init and one.name not in common)
         return values | {name: getattr(self, name) for name in own}
 
     def common_values(self) -> dict[str, Any]:
@@ -216,16 +220,16 @@ class SpeculatorConfig:
             fields = config_class._fields_from_file(values)
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ConfigError(f"a value has another type than a {config_class.__name__} can have ({error}).") from error
-        known = [field for field in dataclasses.fields(config_class) if field.init]
-        names = [field.name for field in known]
+        known = [one for one in dataclasses.fields(config_class) if one.init]
+        names = [one.name for one in known]
         absent = [name for name in names if name not in fields]
         for key in fields:
             near = None if key in names else nearest_name(key, absent, cutoff=0.85)
             if near:
                 raise ConfigError(f"{key} is not a speculator setting; {near} is.")
-        for field in known:
-            if field.default is dataclasses.MISSING and field.name in absent:
-                raise ConfigError(f"{field.name} is missing and must be a positive integer.")
+        for needed in known:
+            if needed.default is dataclasses.MISSING and needed.name in absent:
+                raise ConfigError(f"{needed.name} is missing and must be a positive integer.")
         return config_class(**{name: fields[name] for name in names if name in fields})
 
     @classmethod
@@ -269,6 +273,9 @@ class SpeculatorConfig:
             fields["torch_dtype"] = fields["dtype"]
         # transformers writes null for what nobody set.
         return {name: value for name, value in fields.items() if value is not None}
+
+
+SpeculatorConfigBase = SpeculatorConfig
 
 
 def config_class_named(name: str) -> type[SpeculatorConfig]:

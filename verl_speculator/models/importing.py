@@ -31,14 +31,6 @@ def import_attribute(name: str, key: str) -> Any:
     return getattr(module, attribute)
 
 
-def import_from_file(path: Path, name: str, key: str) -> Any:
-    """What is called `name` in a Python file; arguments and errors as in `import_attribute`."""
-    module = import_file(path, key)
-    if not hasattr(module, name):
-        raise ConfigError(f"{key}: {str(path)!r} has no class {name!r}")
-    return getattr(module, name)
-
-
 def import_file(path: Path, key: str) -> ModuleType:
     """A Python file as a module, which runs once however often it is asked for; errors as in `import_attribute`."""
     if not path.is_file():
@@ -62,7 +54,7 @@ def import_file(path: Path, key: str) -> ModuleType:
 
 def import_code(name: str, key: str) -> ModuleType:
     """The module that a file's path or a dotted name stands for; errors as in `import_attribute`."""
-    if name.endswith(".py") or "/" in name:
+    if name.endswith(".py") or "/" in name or Path(name).is_file():
         return import_file(Path(name).expanduser(), key)
     return _imported(name, repr(name), key)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -34,11 +34,11 @@ class ArcticLSTMSpeculatorConfig(ChainSpeculatorConfig):
         "MLPVariantSpeculatorPreTrainedModel",
     )
 
-    inner_dim: int | str = "1024"
-    emb_dim: int | str = "1024"
-    proj_dim: int | str = "1024"
-    method: str = "sum_rnn"
-    tie_lstm_embs: bool = False
+    inner_dim: int | str = field(default="1024", metadata={"help": "width of the state, or of a stack: 1024.2048"})
+    emb_dim: int | str = field(default="1024", metadata={"help": "width of the token embedding, likewise"})
+    proj_dim: int | str = field(default="1024", metadata={"help": "width of the projection, likewise"})
+    method: str = field(default="sum_rnn", metadata={"help": "sum_rnn or sum_lstm"})
+    tie_lstm_embs: bool = field(default=False, metadata={"help": "sum_lstm: one embedding for the four gates"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +29,7 @@ class MLPSpeculatorConfig(ChainSpeculatorConfig):
     speculators_model_type: ClassVar[str] = "mlp"
     architectures: ClassVar[tuple[str, ...]] = ("MLPSpeculatorPreTrainedModel", "ArcticMLPSpeculatorPreTrainedModel")
 
-    inner_dim: int = 0
+    inner_dim: int = field(default=0, metadata={"help": "width of state and token embeddings; 0: the base's own"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -253,6 +253,13 @@ def write_folder(
     _write(folder / SAFETENSORS_NAME, lambda file: save_file(kept, file, metadata=metadata))
     if pytorch_bin:
         _write(folder / BIN_NAME, lambda file: torch.save(dict(tensors), file))
+    write_config(folder, config)
+
+
+def write_config(path: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Write the contents of `config.json` into a folder."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
     _write(folder / CONFIG_NAME, lambda file: file.write_text(text, encoding="utf-8"))
 

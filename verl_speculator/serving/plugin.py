@@ -5,7 +5,11 @@ It only puts a hook where vLLM reads a speculative configuration; what serves a 
 
 from __future__ import annotations
 
+import os
 import sys
+
+# Files and modules that register speculators of other packages, as PATH lists folders; `serve --import` sets it.
+IMPORTS_VARIABLE = "VERL_SPECULATOR_IMPORT"
 
 
 def register() -> None:
@@ -15,8 +19,11 @@ def register() -> None:
     nevertheless ends in vLLM's own error about a model it does not know.
     """
     try:
+        from verl_speculator.models.importing import import_code
         from verl_speculator.serving import speculative_config_hook
 
+        for name in filter(None, os.environ.get(IMPORTS_VARIABLE, "").split(os.pathsep)):
+            import_code(name, IMPORTS_VARIABLE)
         speculative_config_hook.install()
     except Exception as error:
         print(

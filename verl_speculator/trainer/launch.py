@@ -21,6 +21,8 @@ def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool
         num_processes: processes on this machine, each with a device of its own; None takes one for each device.
         use_ray: start a Ray driver instead of torchrun.
 
+    A process that torchrun has started goes on as the trainer itself, which checks the same and speaks once.
+
     Raises:
         SpeculatorError: one sentence about the first thing that cannot work.
     """
@@ -32,6 +34,10 @@ def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool
 
 def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> tuple[list[str], dict[str, str]]:
     """The command and the environment with which a run that has passed all checks is to be started."""
+    if "LOCAL_RANK" in os.environ:
+        if use_ray or num_processes is not None:
+            raise ConfigError(f"{'--ray' if use_ray else '--nproc'} has no meaning under torchrun: leave it out")
+        return [sys.executable, "-m", "verl_speculator.trainer.sft_trainer", *overrides], dict(os.environ)
     config = load_config(overrides)
     # Only now: a mistyped key is answered before torch has been loaded.
     from verl_speculator.trainer.config.preflight import check_run

@@ -42,6 +42,29 @@ def test_dotted_name_of_the_module() -> None:
     assert load_adapter_class(name) is LSTMSpeculatorAdapter
 
 
+@pytest.mark.parametrize(("module", "adapter"), [("lstm", LSTMSpeculatorAdapter), ("mlp", MLPSpeculatorAdapter)])
+def test_names_of_verls_own_trainer(module, adapter) -> None:
+    name = f"verl.trainer.speculators.{module}_adapter.{adapter.__name__}"
+    assert load_adapter_class(name) is adapter
+    assert load_adapter_class({"fqn": name}) is adapter
+
+
+def test_file_that_registers_a_name(tmp_path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from verl_speculator.models import MLPSpeculator, Speculator, SpeculatorConfig\n"
+        "from verl_speculator.models.mlp_speculator import MLPSpeculatorConfig\n"
+        "@SpeculatorConfig.register('own_of_a_test')\n"
+        "class Config(MLPSpeculatorConfig):\n    speculators_model_type = 'own_of_a_test'\n    architectures = ()\n"
+        "@Speculator.register('own_of_a_test')\nclass Model(MLPSpeculator): ...\n"
+    )
+    found = load_adapter_class({"path": str(file), "name": "own_of_a_test"})
+    assert found.speculator_class.__name__ == "Model"
+    assert load_adapter_class({"path": str(file), "name": "Model"}).speculator_class is found.speculator_class
+    with pytest.raises(ConfigError, match=r"has no class 'absent' and registers no speculator of that name"):
+        load_adapter_class({"path": str(file), "name": "absent"})
+
+
 def test_file(own_file) -> None:
     found = load_adapter_class({"path": str(own_file), "name": "Own"})
     assert issubclass(found, MLPSpeculatorAdapter)

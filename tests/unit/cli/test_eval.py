@@ -8,8 +8,8 @@ import pytest
 
 from tests.unit.reports.conftest import make_drafter, make_result
 from verl_speculator import cli
-from verl_speculator.cli.eval import import_file
-from verl_speculator.errors import ConfigError, MissingFileError
+from verl_speculator.cli.arguments import import_all
+from verl_speculator.errors import ConfigError
 from verl_speculator.models import SpeculatorConfig
 
 TYPE = """
@@ -25,20 +25,22 @@ class OwnConfig(SpeculatorConfig):
 
 def test_file_of_the_user_registers_its_type(tmp_path) -> None:
     (tmp_path / "own_type_of_a_test.py").write_text(TYPE)
-    import_file(tmp_path / "own_type_of_a_test.py")
+    import_all([str(tmp_path / "own_type_of_a_test.py")])
     values = {"architectures": ["OwnSpeculatorOfATest"], "input_hidden_dim": 8, "vocab_size": 9}
     assert type(SpeculatorConfig.from_dict(values)).__name__ == "OwnConfig"
 
 
 def test_file_that_cannot_be_imported(tmp_path) -> None:
-    with pytest.raises(MissingFileError, match=r"^--import: there is no file"):
-        import_file(tmp_path / "absent.py")
+    with pytest.raises(ConfigError, match=r"^--import: there is no file"):
+        import_all([str(tmp_path / "absent.py")])
+    with pytest.raises(ConfigError, match=r"^--import: 'no_such_module' cannot be imported"):
+        import_all(["no_such_module"])
     (tmp_path / "text.txt").write_text("")
     with pytest.raises(ConfigError, match="is not a Python file"):
-        import_file(tmp_path / "text.txt")
+        import_all([str(tmp_path / "text.txt")])
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(ConfigError, match=r"broken\.py' cannot be imported \(ZeroDivisionError"):
-        import_file(tmp_path / "broken.py")
+        import_all([str(tmp_path / "broken.py")])
 
 
 @pytest.fixture
@@ -84,8 +86,8 @@ def test_json_in_a_file(run_eval, tmp_path, capsys) -> None:
     [
         ("eval", ["--limit", "7"], {"num_prompts": 7}),
         ("eval", ["--num-prompts", "7"], {"num_prompts": 7}),
-        ("eval", ["--num-draft-tokens", "2"], {"num_draft_tokens": 2}),
-        ("eval", ["--num-speculative-tokens", "2"], {"num_draft_tokens": 2}),
+        ("eval", ["--num-draft-tokens", "2", "--num-draft-tokens", "1"], {"num_draft_tokens": [2, 1]}),
+        ("eval", ["--num-speculative-tokens", "2"], {"num_draft_tokens": [2]}),
         ("regenerate", ["--limit", "7"], {"num_prompts": 7}),
         ("regenerate", ["--num-prompts", "7"], {"num_prompts": 7}),
         ("serve", ["--num-draft-tokens", "2"], {"num_draft_tokens": 2}),

@@ -147,7 +147,9 @@ def test_unknown_argument(arguments, launched, capsys) -> None:
 
 def test_prints_the_configuration(capsys) -> None:
     assert cli.main(["train", "--print-config", "model.speculator.n_predict=7"]) == 0
-    assert "n_predict: 7" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "n_predict: 7" in printed
+    assert printed.startswith("# verl-speculator train model.speculator.n_predict=7\n")
 
 
 def test_adapter_in_the_current_folder_can_be_named(tmp_path, monkeypatch, launched) -> None:

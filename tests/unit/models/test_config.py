@@ -3,7 +3,12 @@
 import pytest
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.models import ArcticLSTMSpeculatorConfig, MLPSpeculatorConfig, SpeculatorConfig
+from verl_speculator.models import (
+    ArcticLSTMSpeculatorConfig,
+    MLPSpeculatorConfig,
+    SpeculatorConfig,
+    SpeculatorConfigBase,
+)
 from verl_speculator.models.config import parse_width
 
 BASE = {"base_model_name_or_path": "base", "input_hidden_dim": 48, "vocab_size": 211}
@@ -198,3 +203,9 @@ def test_the_base_has_only_what_every_speculator_has():
         "torch_dtype": "bfloat16",
     }
     assert SpeculatorConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_configuration_saves_itself(any_config, tmp_path):
+    any_config.save(tmp_path / "new")
+    assert SpeculatorConfigBase.from_pretrained(tmp_path / "new") == any_config
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["config.json"]

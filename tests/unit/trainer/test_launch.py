@@ -39,6 +39,15 @@ def test_ray_command(devices, good_run) -> None:
     assert launch.plan(own, num_processes=None, use_ray=True)[0][-1] == "trainer.n_gpus_per_node=4"
 
 
+def test_a_process_of_torchruns_becomes_the_trainer(monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    command, _ = launch.plan(["a=1"], num_processes=None, use_ray=False)
+    assert command[1:] == ["-m", "verl_speculator.trainer.sft_trainer", "a=1"]
+    for num_processes, use_ray, option in ((2, False, "--nproc"), (None, True, "--ray")):
+        with pytest.raises(ConfigError, match=f"{option} has no meaning under torchrun: leave it out"):
+            launch.plan(["a=1"], num_processes=num_processes, use_ray=use_ray)
+
+
 def test_processes_of_all_nodes_are_counted(devices, good_run) -> None:
     with pytest.raises(ConfigError, match="divisible by the 6 data-parallel ranks"):
         launch.plan([*good_run, "trainer.nnodes=3"], num_processes=2, use_ray=True)

@@ -102,7 +102,7 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
     """
     parsed = [parse_override(text) for text in overrides]
     # As a folder: Hydra's pkg:// form would import verl, which takes ten seconds.
-    search_path = "hydra.searchpath=[" + _quoted(f"file://{_verl_config_dir()}") + "]"
+    search_path = "hydra.searchpath=[" + quoted(f"file://{_verl_config_dir()}") + "]"
     try:
         # Which keys there are depends on the engine, and Hydra's own answer to an unknown one names no other.
         engine = chosen_engine(parsed)
@@ -135,14 +135,14 @@ def parse_override(text: str) -> Override:
     width = _WIDTH.fullmatch(text)
     key, equals, value = text.partition("=")
     try:
-        override = OverridesParser.create().parse_override(f"{width[1]}={_quoted(width[2])}" if width else text)
+        override = OverridesParser.create().parse_override(f"{width[1]}={quoted(width[2])}" if width else text)
     except HydraException as error:
         problem = f"{text!r} is not a setting in the form key=value ({_first_line(error)})"
         if not equals or value[:1] in ("{", "[", "'", '"'):
             raise ConfigError(problem) from error
         try:
             # Most such values are paths. What begins like a list, a dictionary or a quoted text was meant as one.
-            override = OverridesParser.create().parse_override(f"{key}={_quoted(value)}")
+            override = OverridesParser.create().parse_override(f"{key}={quoted(value)}")
         except HydraException:
             raise ConfigError(problem) from error
     if override.is_sweep_override():
@@ -335,7 +335,7 @@ def _resolve_paths(config: DictConfig) -> None:
         config.trainer.default_local_dir = os.path.abspath(os.path.expanduser(config.trainer.default_local_dir))
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """`text` as a value in Hydra's grammar, whatever is in it."""
     return "'" + text.replace("'", "\\'") + "'"
 
