@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.integration.conftest import run_process
-from tests.support.tiny import VOCAB_SIZE, write_base_model, write_chats
+from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer, write_base_model, write_chats
 from verl_speculator.checkpoint import layout
+from verl_speculator.data.rendering import render_chat
+from verl_speculator.data.token_rows import tokenizer_fingerprint
 from verl_speculator.models import Speculator
 from verl_speculator.reports.curves import read_curves
 from verl_speculator.trainer.checkpoints import LOCK_FILE
@@ -53,6 +56,17 @@ class Runs:
         self.base = write_base_model(folder / "base", dtype=torch.bfloat16, stop_tokens=STOP_TOKENS)
         write_chats(folder / "train.parquet", 72)
         write_chats(folder / "val.parquet", 13, seed=1)
+        self._write_mixed()
+
+    def _write_mixed(self) -> None:
+        """The training data again: one half as tokens, the other as chats."""
+        tokenizer = tiny_tokenizer()
+        chats = pq.read_table(self.folder / "train.parquet")
+        pq.write_table(chats.slice(36), self.folder / "chats.parquet")
+        rendered = [render_chat(tokenizer, chat, "") for chat in chats["messages"].to_pylist()[:36]]
+        columns = {name: [getattr(row, name) for row in rendered] for name in ("input_ids", "loss_mask")}
+        mark = [tokenizer_fingerprint(tokenizer)] * 36
+        pq.write_table(pa.table({**columns, "tokenizer": mark}), self.folder / "tokens.parquet")
 
     def overrides(self, name: str, *more: str) -> list[str]:
         return [
@@ -132,17 +146,18 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
         # The shared ones are of heads.
         return [text for text in runs.overrides(name, *settings) if not text.startswith("model.speculator.")]
 
+    mixed = f"data.train_files=[{runs.folder / 'tokens.parquet'},{runs.folder / 'chats.parquet'}]"
     table = {
         "whole": runs.overrides("whole", *LSTM, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2", LOGGERS),
         "evaluated": runs.overrides("evaluated", trained, "trainer.val_only=true"),
-        "stopped": runs.overrides("stopped", *LSTM, stop),
-        "resumed": runs.overrides("stopped", *LSTM),
+        "stopped": runs.overrides("stopped", mixed, *LSTM, stop),
+        "resumed": runs.overrides("stopped", mixed, *LSTM),
         "joint": runs.overrides("joint", *joint),
         "joint_stopped": runs.overrides("joint_stopped", *joint, stop),
         "joint_resumed": runs.overrides("joint_stopped", *joint),
         "killed": killed,
         "terminated": terminated,
-        "finished": runs.overrides("stopped", *LSTM),
+        "finished": runs.overrides("stopped", mixed, *LSTM),
         "custom": runs.overrides("custom", custom, *drafts, "trainer.total_training_steps=2"),
         "custom_resumed": runs.overrides("custom", custom, *drafts, "trainer.total_training_steps=3"),
         "states_stopped": runs.overrides("states_resumed", *LSTM, states, stop, "trainer.test_freq=3"),
@@ -228,6 +243,7 @@ def test_checkpoint_holds_the_speculator_and_no_base(runs, launched) -> None:
 
 
 def test_stopping_and_resuming_changes_nothing(runs, launched) -> None:
+    """Nor does it matter that half of these data are tokens."""
     for name, tensor in runs.weights("whole").items():
         assert torch.equal(tensor, runs.weights("stopped")[name]), name
     for step in range(4, STEPS + 1):
