@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,19 @@ A run that was stopped goes on where it stood when it is started again.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser, limit=None)
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.parquet", help="where the answers go")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="""settings of the chat template, such as '{"enable_thinking": false}'""",
+    )
+    parser.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="answers to each chat, when sampling (default: 1)"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="a chat that does not fit into the base's context is an error"
+    )
     add_decoding_arguments(parser, max_new_tokens=1024, batch_size=32)
     add_load_arguments(parser.add_argument_group("how to load the base"))
 
@@ -39,12 +54,19 @@ def run(args: argparse.Namespace) -> None:
     given = EvaluationInput(args.base, (), tuple(args.data), args.chat_template)
     # Most flags are those of an evaluation, and mean the same.
     settings = settings_of(args)
+    if args.num_samples < 1:
+        raise ConfigError(f"--num-samples must be at least 1, got {args.num_samples}")
     if not args.output.absolute().parent.is_dir():
         raise ConfigError(f"--output: there is no folder {str(args.output.absolute().parent)!r} to write into")
     check_input(given, settings)
     written = _answer(args, given, settings)
     cut = f", {written.num_cut} of them cut at --max-new-tokens={args.max_new_tokens}" if written.num_cut else ""
-    print(f"{args.output}: {written.num_answers} answers{cut}; {written.num_tokens} tokens")
+    print(f"{args.output}: {written.num_answers} answers{cut}; {written.num_tokens} tokens in {written.num_rows} rows")
+    if written.num_too_long:
+        print(
+            f"{written.num_too_long} chats did not fit into the context of the base less "
+            f"--max-new-tokens={args.max_new_tokens}: left out from the first prompt on that does not"
+        )
 
 
 def _answer(args: argparse.Namespace, given: EvaluationInput, settings: EvaluationSettings) -> Any:
@@ -56,23 +78,59 @@ def _answer(args: argparse.Namespace, given: EvaluationInput, settings: Evaluati
         load_tokenizer_and_config,
         pick_device,
     )
-    from verl_speculator.data.regeneration import RegenerationSettings, regenerate_answers
+    from verl_speculator.data.backends import HuggingFaceBackend
+    from verl_speculator.data.regeneration import AnsweringBase, Progress, RegenerationSettings, answer, regenerate
     from verl_speculator.decoding import SamplingParams
 
-    sampling = SamplingParams(args.temperature, args.top_p, args.top_k)
     regeneration = RegenerationSettings(
-        args.max_new_tokens, args.batch_size, sampling, args.seed, messages_key=args.messages_key
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
+        sampling=SamplingParams(args.temperature, args.top_p, args.top_k),
+        seed=args.seed,
+        messages_key=args.messages_key,
+        num_samples=args.num_samples,
+        template_options=args.chat_template_kwargs,
+        strict=args.strict,
     )
     pick_device(args.device)  # one that is not there is said before anything is read
-    tokenizer, _ = load_tokenizer_and_config(given.base, settings, given.chat_template)
+    tokenizer, config = load_tokenizer_and_config(given.base, settings, given.chat_template)
     with explain_out_of_memory("loading the base model", "use --dtype bfloat16 or a larger device"):
         target = load_target(given.base, settings, tokenizer)
+    backend = HuggingFaceBackend(
+        target.model,
+        tokenizer,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        sampling=regeneration.sampling,
+    )
+    base = AnsweringBase(given.base, getattr(config, "_commit_hash", None) or settings.revision)
+    start = time.monotonic()
     with tqdm(desc="Answering", unit="chat") as bar, explain_out_of_memory("answering", settings.memory_advice):
 
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+        def report(progress: Progress) -> None:
+            bar.total, bar.initial = progress.total, progress.done_before
+            speed = progress.num_tokens / max(time.monotonic() - start, 1e-9)
+            bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+            bar.update(progress.done - bar.n)
 
-        return regenerate_answers(
-            target.model, tokenizer, given.data, args.output, regeneration, limit=settings.num_prompts, report=report
+        return regenerate(
+            lambda conversations: answer(backend, tokenizer, conversations, regeneration),
+            backend.name,
+            base,
+            tokenizer,
+            given.data,
+            args.output,
+            regeneration,
+            limit=settings.num_prompts,
+            report=report,
         )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")
+    return value

@@ -22,6 +22,7 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 
 from verl_speculator.adapters import AdapterNeeds, SpeculatorAdapter, build_speculator_adapter
+from verl_speculator.checkpoint.hidden_states import StatesCacheSettings
 from verl_speculator.checkpoint.layout import BASE_FOLDER
 from verl_speculator.checkpoint.training_state import (
     load_training_state,
@@ -29,6 +30,7 @@ from verl_speculator.checkpoint.training_state import (
     save_training_state,
 )
 from verl_speculator.engine.base_export import base_dtype
+from verl_speculator.engine.cached_states import CachedStates
 from verl_speculator.engine.hidden_states import SeenStates, output_embeddings
 from verl_speculator.engine.sequence_parallel import share_of_sequences, share_of_targets
 from verl_speculator.engine.speculator_unit import SpeculatorUnit, build_speculator, shard
@@ -50,6 +52,7 @@ class SpeculatorEngine(BaseEngine):
     Attributes:
         adapter: The speculator's type, with the speculator that trains.
         speculator_unit: Its sharded module.
+        cached_states: A frozen base's hidden states on disk, where the run keeps them; set by `initialize`.
     """
 
     model_config: Any
@@ -65,6 +68,8 @@ class SpeculatorEngine(BaseEngine):
     _why_not_plain: str | None
     _sums: StepSums
     _target: TargetHead | None = None
+    cached_states: CachedStates | None = None
+    _states_cache_settings: StatesCacheSettings | None = None
     # As it was published; in joint training it may train in another one.
     _base_dtype: torch.dtype | None
 
@@ -77,6 +82,10 @@ class SpeculatorEngine(BaseEngine):
     @property
     def is_base_frozen(self) -> bool:
         return self.model_config.freeze_base_model
+
+    def use_states_cache(self, settings: StatesCacheSettings) -> None:
+        """Keep the hidden states of the frozen base in a folder; to be called before `initialize`."""
+        self._states_cache_settings = settings
 
     # What an engine tells
 
@@ -154,6 +163,13 @@ class SpeculatorEngine(BaseEngine):
                 f"give ids from 0 to {num_layers}"
             )
 
+        if self._states_cache_settings is not None:
+            rank, size = self._rank_among_sharers()
+            num_writers = torch.distributed.get_world_size() // size
+            self.cached_states = CachedStates(
+                self._states_cache_settings, self._state_keys(), config.hf_config, num_writers if rank == 0 else 0
+            )
+
     @property
     def _needs_frozen_head(self) -> bool:
         wanted = self._learns_from_target or self.model_config.measure_sampled_acceptance
@@ -201,6 +217,8 @@ class SpeculatorEngine(BaseEngine):
 
     def _begin_step(self, data: TensorDict) -> None:
         self._sums = StepSums(self.adapter, data, self.get_data_parallel_group())
+        if self.cached_states is not None:
+            self.cached_states.begin_step(data)
 
     @contextmanager
     def _target_gathered(self, forward_only: bool) -> Iterator[None]:
