@@ -43,6 +43,7 @@ def write_base_model(
     family: str = "qwen2",
     tie: bool = True,
     seed: int = 0,
+    head_dim: int = 8,
     dtype: torch.dtype = torch.float32,
     stop_tokens: list[int] | None = None,
 ) -> Path:
@@ -55,7 +56,7 @@ def write_base_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=256,
         tie_word_embeddings=tie,
         initializer_range=0.3,
