@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.integration.conftest import run_process
-from tests.support.tiny import write_base_model, write_chats
+from tests.support.tiny import VOCAB_SIZE, write_base_model, write_chats
 from verl_speculator.checkpoint import layout
 from verl_speculator.data.rendering import render_chat
 from verl_speculator.data.token_rows import tokenizer_fingerprint
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.slow
 WIDTHS = [f"model.speculator.{name}_dim=32" for name in ("inner", "emb", "proj")]
 STEPS = 6
 STOP_TOKENS = [2, 0]
+DRAFT_VOCAB_SIZE = 20
 LOGGERS = "trainer.logger=[console,tensorboard,file]"
 STOPPED_RUN = str(Path(__file__).with_name("stopped_run.py"))
 CUSTOM_ADAPTER = Path(__file__).resolve().parents[2] / "examples" / "custom_adapter" / "gated_adapter.py"
@@ -129,7 +132,20 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
     joint = ["model.freeze_base_model=false", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=3"]
     stop = "trainer.total_training_steps=3"
     custom = f"model.speculator_adapter={{path: {CUSTOM_ADAPTER}, name: GatedSpeculatorAdapter}}"
+    drafts = [f"model.speculator.draft_vocab_size={DRAFT_VOCAB_SIZE}"]
     trained = f"model.speculator_path={runs.folder / 'whole' / f'global_step_{STEPS}'}"
+    states, kept = (f"data.hidden_states_cache={runs.folder / name}" for name in ("states", "eagle3_states"))
+    # With a learning rate at which nothing is learned, every validation is as good as the first.
+    early = ["trainer.early_stop_patience=2", "trainer.test_freq=1", "trainer.save_freq=100", "optim.lr=1e-12"]
+    early.append("trainer.max_ckpt_to_keep=1")
+    # Into other micro-batches than when they were written.
+    cut_otherwise = "data.max_token_len_per_gpu=512"
+
+    def eagle3(name: str, *more: str) -> list[str]:
+        settings = ["model.speculator_type=eagle3", "data.max_length=512", "trainer.total_training_steps=2", *more]
+        # The shared ones are of heads.
+        return [text for text in runs.overrides(name, *settings) if not text.startswith("model.speculator.")]
+
     mixed = f"data.train_files=[{runs.folder / 'tokens.parquet'},{runs.folder / 'chats.parquet'}]"
     table = {
         "whole": runs.overrides("whole", *LSTM, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2", LOGGERS),
@@ -142,7 +158,16 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
         "killed": killed,
         "terminated": terminated,
         "finished": runs.overrides("stopped", mixed, *LSTM),
-        "custom": runs.overrides("custom", custom, "trainer.total_training_steps=2"),
+        "custom": runs.overrides("custom", custom, *drafts, "trainer.total_training_steps=2"),
+        "custom_resumed": runs.overrides("custom", custom, *drafts, "trainer.total_training_steps=3"),
+        "states_stopped": runs.overrides("states_resumed", *LSTM, states, stop, "trainer.test_freq=3"),
+        "states_resumed": runs.overrides("states_resumed", *LSTM, states, "trainer.test_freq=3"),
+        "states_read": runs.overrides("states_read", *LSTM, states, "trainer.test_freq=3"),
+        "early": runs.overrides("early", *LSTM, *early),
+        "early_again": runs.overrides("early", *LSTM, *early),
+        "eagle3_plain": eagle3("eagle3_plain"),
+        "eagle3_written": eagle3("eagle3_written", kept),
+        "eagle3_read": eagle3("eagle3_read", kept, cut_otherwise),
         "mlp": runs.overrides(
             "mlp",
             "model.speculator_adapter={fqn: verl_speculator.adapters.MLPSpeculatorAdapter}",
@@ -275,6 +300,26 @@ def test_an_adapter_from_a_file_trains(runs, launched) -> None:
     assert (runs.folder / "custom" / "global_step_2" / "speculator" / "model.safetensors").is_file()
 
 
+def test_a_draft_vocabulary_is_that_of_the_training_data(runs, launched) -> None:
+    """Of an adapter from a file, too; a resumed run keeps it."""
+    t2d = torch.from_numpy(np.load(runs.folder / "custom" / "draft_vocabulary.npy"))
+    assert t2d.sum() == DRAFT_VOCAB_SIZE
+    # Each word of an answer is the word of the tokenizer with a space before it, except the first.
+    tokenizer = AutoTokenizer.from_pretrained(runs.base)
+    counts: Counter[int] = Counter()
+    for chat in pq.read_table(runs.folder / "train.parquet")["messages"].to_pylist():
+        counts.update(tokenizer.encode(chat[1]["content"]))
+    frequent = {token for token, _ in counts.most_common(DRAFT_VOCAB_SIZE // 2)}
+    assert frequent <= set(t2d.nonzero().squeeze(1).tolist())
+    for step in (2, 3):
+        tensors = runs.weights("custom", step)
+        assert torch.equal(tensors["d2t"] + torch.arange(DRAFT_VOCAB_SIZE), t2d.nonzero().squeeze(1))
+        assert tensors["head.0.weight"].shape[0] == DRAFT_VOCAB_SIZE
+        assert tensors["emb.weight"].shape[0] == VOCAB_SIZE
+    assert 0 < launched["custom"][1]["train/head_0/outside"] < 0.8
+    assert min(launched["custom_resumed"]) == 3
+
+
 def test_the_mlp_speculator_trains_on_padded_batches(runs, launched) -> None:
     assert launched["mlp"][2]["train/loss"] < launched["mlp"][1]["train/loss"]
     folder = runs.folder / "mlp" / "global_step_2" / "speculator"
@@ -287,6 +332,38 @@ def test_the_mlp_speculator_trains_on_padded_batches(runs, launched) -> None:
     assert on_cpu["torch_dtype"] == "float32"
 
 
+def test_stops_early_and_keeps_the_best(runs, launched) -> None:
+    assert sorted(launched["early"]) == [1, 2, 3]
+    assert launched["early_again"] == {}
+    assert layout.complete_steps(runs.folder / "early") == [1, 3], "max_ckpt_to_keep=1, and the best"
+    best = Speculator.from_pretrained(runs.folder / "early").state_dict()
+    for name, tensor in Speculator.from_pretrained(runs.folder / "early" / "global_step_1").state_dict().items():
+        assert torch.equal(best[name], tensor), name
+
+
+def test_hidden_states_from_disk_train_like_those_of_the_base(runs, launched) -> None:
+    """To the last bit, in a run that stopped while it wrote them and went on, and in one that reads them."""
+    for name, tensor in runs.weights("whole").items():
+        assert torch.equal(tensor, runs.weights("states_resumed")[name]), name
+        assert torch.equal(tensor, runs.weights("states_read")[name]), name
+    written = launched["states_stopped"] | launched["states_resumed"]
+    assert [written[step]["perf/step_saved"] for step in range(1, STEPS + 1)] == [0] * STEPS
+    for step in range(1, STEPS + 1):
+        read = launched["states_read"][step]
+        assert 0 < read["perf/step_saved"] < 1
+        assert read["perf/base_seconds_saved"] > 0
+        assert read["train/loss"] == launched["whole"][step]["train/loss"]
+    assert launched["states_read"][STEPS]["val/loss"] == launched["whole"][STEPS]["val/loss"]
+
+
+def test_hidden_states_of_the_layers_that_an_algorithm_needs(launched) -> None:
+    plain, written, read = (launched[f"eagle3_{how}"] for how in ("plain", "written", "read"))
+    for step in (1, 2):
+        assert written[step]["train/loss"] == plain[step]["train/loss"]
+        assert read[step]["train/loss"] == pytest.approx(plain[step]["train/loss"], rel=1e-5)
+        assert read[step]["perf/base_seconds_saved"] > 0
+
+
 def test_killed_in_a_save_then_resumed_is_the_uninterrupted_run(runs, launched) -> None:
     assert min(launched["killed"]) == 3
     hidden = {path.name for path in (runs.folder / "killed").iterdir() if path.name.startswith(".")}
@@ -294,7 +371,10 @@ def test_killed_in_a_save_then_resumed_is_the_uninterrupted_run(runs, launched) 
     for name, tensor in runs.weights("whole").items():
         assert torch.equal(tensor, runs.weights("killed")[name]), name
 
-    [alone] = runs.run(1, runs.overrides("killed_one_process", *LSTM))
+    # One process reads what two have written.
+    states = f"data.hidden_states_cache={runs.folder / 'states'}"
+    [alone] = runs.run(1, runs.overrides("killed_one_process", *LSTM, states))
+    assert alone[STEPS]["perf/base_seconds_saved"] > 0
     assert min(alone) == 3
     for name, tensor in runs.weights("whole").items():
         torch.testing.assert_close(runs.weights("killed_one_process")[name], tensor, rtol=0, atol=2e-5)
@@ -312,16 +392,21 @@ def test_a_finished_run_does_nothing(launched) -> None:
 
 def test_ray_trains_like_torchrun_and_resumes_after_sigterm(runs, launched, verl_speculator) -> None:
     """The Ray twin: two workers, the same numbers."""
-    stopped = runs.overrides("ray", *LSTM, "trainer.save_freq=100", "trainer.n_gpus_per_node=2")
+    states = f"data.hidden_states_cache={runs.folder / 'states'}"
+    stopped = runs.overrides("ray", *LSTM, "trainer.save_freq=100", "trainer.n_gpus_per_node=2", states)
     first = run_process([sys.executable, STOPPED_RUN, "--ray", *stopped])
     assert first.returncode == 143, first.stdout[-3000:] + first.stderr[-6000:]
     assert "Stopped by SIGTERM after step 4: the same command goes on from there" in first.stdout
-    second = verl_speculator("train", "--ray", "--nproc", "2", *runs.overrides("ray", *LSTM))
+    completed = verl_speculator("data", "hidden-states", "--nproc", "2", *runs.overrides("ray", states))
+    assert "states: complete" in completed.stdout, completed.stdout[-3000:] + completed.stderr[-6000:]
+    second = verl_speculator("train", "--ray", "--nproc", "2", *runs.overrides("ray", *LSTM, states))
+    assert "of the base's layers only the first is loaded" in second.stdout
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-6000:]
 
     metrics, reference = metrics_of(first.stdout) | metrics_of(second.stdout), launched["whole"]
     assert sorted(metrics_of(second.stdout)) == [5, STEPS]
     for step in range(1, STEPS + 1):
+        assert metrics[step]["perf/base_seconds_saved"] > 0
         for name in ("train/loss", "train/grad_norm", "train/head_0/accuracy", "train/global_tokens"):
             assert metrics[step][name] == pytest.approx(reference[step][name], rel=1e-4)
     assert metrics[STEPS]["val/loss"] == pytest.approx(reference[STEPS]["val/loss"], rel=1e-4)

@@ -8,6 +8,7 @@ logged or saved may change.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,24 @@ def describe_origin(config: DictConfig) -> dict[str, list[dict[str, str | None]]
     files = resolve_files(config.data.train_files, _DATA)
     return {
         _BASE: [{"name": str(config.model.path), "fingerprint": fingerprint_base(str(config.model.path))}],
-        _DATA: [{"name": file, "fingerprint": fingerprint_files(Path(file))} for file in files],
+        _DATA: describe_files(files),
     }
+
+
+def describe_files(files: Sequence[str]) -> list[dict[str, str | None]]:
+    return [{"name": file, "fingerprint": fingerprint_files(Path(file))} for file in files]
+
+
+def first_difference(
+    items: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The first of `describe_origin`'s items that is another than before, and what it was; None if all are the same."""
+    for item, was in zip_longest(items, before, fillvalue={"name": "nothing"}):
+        marks = item.get("fingerprint"), was.get("fingerprint")
+        # A folder may have moved: where both contents are known, they count.
+        if (marks[0] != marks[1]) if all(marks) else (item["name"] != was["name"]):
+            return item, was
+    return None
 
 
 def check_same_run(config: DictConfig, resume_from: Path) -> None:
@@ -132,11 +149,9 @@ def _check_same_origin(config: DictConfig, before: DictConfig, resume_from: Path
     for key, items in describe_origin(config).items():
         if key == _DATA and config.trainer.val_only:
             continue
-        for item, was in zip_longest(items, origin[key], fillvalue={"name": "nothing"}):
-            marks = item.get("fingerprint"), was.get("fingerprint")
-            # A folder may have moved: where both contents are known, they count.
-            if (marks[0] == marks[1]) if all(marks) else (item["name"] == was["name"]):
-                continue
+        difference = first_difference(items, origin[key])
+        if difference is not None:
+            item, was = difference
             has_changed = " as it was then" if item["name"] == was["name"] else ""
             raise ConfigError(
                 f"{key}={item['name']}, but {resume_from} was trained with {was['name']}{has_changed}: "

@@ -34,6 +34,7 @@ class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
 
     def _build_engine(self) -> None:
         trainer = self.config.trainer
+        self.model_config.speculator.update(self.chosen_draft_vocabulary())
         # One worker to a device: verl reserves a CPU for every worker that may share it.
         pool = RayResourcePool(process_on_nodes=[trainer.n_gpus_per_node] * trainer.nnodes, max_colocate_count=1)
         worker = RayClassWithInitArgs(ray.remote(SpeculatorTrainingWorker), config=self.worker_config())
@@ -47,7 +48,7 @@ class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
         self.processes = RayDriver(self.training_client)
         # Now, since the model is not loaded before `reset`.
         self.ckpt_handler = RunCheckpoints(self.config, self.training_client, self.processes)
-        self.training_client.reset()
+        self._load_model()
 
     def _build_ckpt_handler(self) -> None:
         """Built with the engine."""
