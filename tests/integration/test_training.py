@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.integration.conftest import run_process
-from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer, write_base_model, write_chats
+from tests.support.tiny import VOCAB_SIZE, write_base_model, write_chats
 from verl_speculator.checkpoint import layout
 from verl_speculator.data.rendering import render_chat
 from verl_speculator.data.token_rows import tokenizer_fingerprint
@@ -60,7 +60,7 @@ class Runs:
 
     def _write_mixed(self) -> None:
         """The training data again: one half as tokens, the other as chats."""
-        tokenizer = tiny_tokenizer()
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
         chats = pq.read_table(self.folder / "train.parquet")
         pq.write_table(chats.slice(36), self.folder / "chats.parquet")
         rendered = [render_chat(tokenizer, chat, "") for chat in chats["messages"].to_pylist()[:36]]
