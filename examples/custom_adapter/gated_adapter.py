@@ -57,7 +57,7 @@ class GatedSpeculator(ChainSpeculator):
         self.emb = nn.Embedding(config.vocab_size, width)
         self.gate = nn.Linear(2 * width, width, bias=False)
         self.candidate = nn.Linear(2 * width, width, bias=False)
-        self.head = nn.ModuleList([nn.Linear(width, config.vocab_size, bias=False)])
+        self.head = nn.ModuleList([nn.Linear(width, config.head_rows, bias=False)])
         self.reset_parameters()
 
     def begin(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -80,7 +80,9 @@ def make_speculators(folder: Path) -> dict[str, Path]:
         "lstm": ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**arctic, **widths, method="sum_lstm")),
         "rnn": ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**arctic, **widths, scale_input=True)),
         "mlp_untied": MLPSpeculator(MLPSpeculatorConfig(**arctic, inner_dim=24, tie_weights=False)),
+        "rnn_drafts": ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**arctic, **widths, draft_vocab_size=256)),
     }
+    speculators["rnn_drafts"].set_draft_ids((torch.arange(VOCAB_SIZE) % 3 != 1).nonzero().squeeze(1))
     for name, settings in {
         "eagle3": {"t2d": torch.arange(VOCAB_SIZE) % 3 != 1, "num_layers": 2},
         "eagle3_plain": {"norm_before_fc": False, "norm_output": False, "norm_before_residual": False},

@@ -50,7 +50,9 @@ class PlainTraining:
                     if target < ids.numel() and mask[target] == 1:
                         row = logits[head, 0, position]
                         if objective == "ce":
-                            losses[head].append(F.cross_entropy(row, ids[target]))
+                            # With a draft vocabulary there is nothing to learn where it lacks the token.
+                            if row[ids[target]].isfinite():
+                                losses[head].append(F.cross_entropy(row, ids[target]))
                         else:
                             # What the base itself would say there; its own part in it learns nothing.
                             losses[head].append(_against_target(row, base_logits[target - 1].detach(), objective))
@@ -157,7 +159,8 @@ class PlainTraining:
 
 
 def _against_target(logits: torch.Tensor, target_logits: torch.Tensor, objective: str) -> torch.Tensor:
-    q, p = logits.softmax(0), target_logits.softmax(0)
+    drafted = logits.isfinite()
+    q, p = logits[drafted].softmax(0), target_logits[drafted].softmax(0)
     kl = (p * (p.log() - q.log())).sum()
     if objective == "kl":
         return kl

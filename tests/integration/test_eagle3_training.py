@@ -26,7 +26,7 @@ def overrides(runs: Runs, name: str, *more: str) -> list[str]:
     return [
         "model.speculator_type=eagle3",
         "+model.speculator.target_layer_ids=[0,1,2]",
-        f"+model.speculator.draft_vocab_path={runs.folder / 't2d.npy'}",
+        f"model.speculator.draft_vocab_path={runs.folder / 't2d.npy'}",
         f"model.partial_pretrain={runs.base}",
         f"data.train_files={runs.folder / 'train.parquet'}",
         f"data.val_files={runs.folder / 'val.parquet'}",

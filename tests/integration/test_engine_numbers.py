@@ -59,6 +59,9 @@ CASES = [
     Case("needy_joint_padded", "qwen2", "lstm", [*TWO_ROWS, *PADDED, *JOINT, NEEDY]),
     Case("kl", "qwen2", "lstm", [*ONE_ROW, KL]),
     Case("lk_untied", "llama_untied", "mlp_untied", [*PACKED, MLP, LK]),
+    Case("drafts_one_row", "qwen2", "rnn_drafts", ONE_ROW),
+    Case("drafts_kl", "llama_untied", "rnn_drafts", [*TWO_ROWS, *PADDED, KL]),
+    Case("drafts_joint", "qwen2", "rnn_drafts", [*PACKED, *JOINT]),
     Case("lk_joint", "llama_untied", "rnn", [*TWO_ROWS, *PADDED, *JOINT, LK]),
 ]
 

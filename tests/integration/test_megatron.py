@@ -76,6 +76,8 @@ TWO_RANKS = [
     Case("pp_needy", "qwen2", "lstm", [*MEGATRON, PP, *PACKED, NEEDY]),
     Case("dp_needy_joint", "qwen2", "lstm", [*MEGATRON, DP, *TWO_ROWS, *PADDED, *JOINT, NEEDY]),
     Case("tp_kl", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, KL]),
+    Case("tp_drafts", "qwen2", "rnn_drafts", [*MEGATRON, TP, *PACKED]),
+    Case("pp_drafts_kl_joint", "llama_untied", "rnn_drafts", [*MEGATRON, PP, *TWO_ROWS, *PADDED, *JOINT, KL]),
     Case("pp_lk_joint", "llama_untied", "rnn", [*MEGATRON, PP, *TWO_ROWS, *PADDED, *JOINT, LK]),
     Case(
         "pp_joint_detached",

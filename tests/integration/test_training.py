@@ -6,14 +6,18 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from tests.integration.conftest import run_process
-from tests.support.tiny import write_base_model, write_chats
+from tests.support.tiny import VOCAB_SIZE, write_base_model, write_chats
 from verl_speculator.checkpoint import layout
 from verl_speculator.models import Speculator
 from verl_speculator.reports.curves import read_curves
@@ -24,6 +28,7 @@ pytestmark = pytest.mark.slow
 WIDTHS = [f"model.speculator.{name}_dim=32" for name in ("inner", "emb", "proj")]
 STEPS = 6
 STOP_TOKENS = [2, 0]
+DRAFT_VOCAB_SIZE = 20
 LOGGERS = "trainer.logger=[console,tensorboard,file]"
 STOPPED_RUN = str(Path(__file__).with_name("stopped_run.py"))
 CUSTOM_ADAPTER = Path(__file__).resolve().parents[2] / "examples" / "custom_adapter" / "gated_adapter.py"
@@ -113,6 +118,7 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
     joint = ["model.freeze_base_model=false", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=3"]
     stop = "trainer.total_training_steps=3"
     custom = f"model.speculator_adapter={{path: {CUSTOM_ADAPTER}, name: GatedSpeculatorAdapter}}"
+    drafts = [f"model.speculator.draft_vocab_size={DRAFT_VOCAB_SIZE}"]
     trained = f"model.speculator_path={runs.folder / 'whole' / f'global_step_{STEPS}'}"
     table = {
         "whole": runs.overrides("whole", *LSTM, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2", LOGGERS),
@@ -125,7 +131,8 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
         "killed": killed,
         "terminated": terminated,
         "finished": runs.overrides("stopped", *LSTM),
-        "custom": runs.overrides("custom", custom, "trainer.total_training_steps=2"),
+        "custom": runs.overrides("custom", custom, *drafts, "trainer.total_training_steps=2"),
+        "custom_resumed": runs.overrides("custom", custom, *drafts, "trainer.total_training_steps=3"),
         "mlp": runs.overrides(
             "mlp",
             "model.speculator_adapter={fqn: verl_speculator.adapters.MLPSpeculatorAdapter}",
@@ -255,6 +262,26 @@ def test_a_joint_checkpoint_does_not_go_on_with_a_frozen_base(runs, launched) ->
 def test_an_adapter_from_a_file_trains(runs, launched) -> None:
     assert launched["custom"][2]["train/loss"] < launched["custom"][1]["train/loss"]
     assert (runs.folder / "custom" / "global_step_2" / "speculator" / "model.safetensors").is_file()
+
+
+def test_a_draft_vocabulary_is_that_of_the_training_data(runs, launched) -> None:
+    """Of an adapter from a file, too; a resumed run keeps it."""
+    t2d = torch.from_numpy(np.load(runs.folder / "custom" / "draft_vocabulary.npy"))
+    assert t2d.sum() == DRAFT_VOCAB_SIZE
+    # Each word of an answer is the word of the tokenizer with a space before it, except the first.
+    tokenizer = AutoTokenizer.from_pretrained(runs.base)
+    counts: Counter[int] = Counter()
+    for chat in pq.read_table(runs.folder / "train.parquet")["messages"].to_pylist():
+        counts.update(tokenizer.encode(chat[1]["content"]))
+    frequent = {token for token, _ in counts.most_common(DRAFT_VOCAB_SIZE // 2)}
+    assert frequent <= set(t2d.nonzero().squeeze(1).tolist())
+    for step in (2, 3):
+        tensors = runs.weights("custom", step)
+        assert torch.equal(tensors["d2t"] + torch.arange(DRAFT_VOCAB_SIZE), t2d.nonzero().squeeze(1))
+        assert tensors["head.0.weight"].shape[0] == DRAFT_VOCAB_SIZE
+        assert tensors["emb.weight"].shape[0] == VOCAB_SIZE
+    assert 0 < launched["custom"][1]["train/head_0/outside"] < 0.8
+    assert min(launched["custom_resumed"]) == 3
 
 
 def test_the_mlp_speculator_trains_on_padded_batches(runs, launched) -> None:

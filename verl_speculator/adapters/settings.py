@@ -27,6 +27,8 @@ SHARED_DEFAULTS: Mapping[str, Any] = {
     "objective": None,
     "objective_temperature": 1.0,
     "head_loss_weights": None,
+    "draft_vocab_size": None,
+    "draft_vocab_path": None,
 }
 # Fields of a speculator's configuration that a user does not set: they come from the base model, or say what it is.
 _BASE_FIELDS = (

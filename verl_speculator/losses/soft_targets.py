@@ -80,7 +80,7 @@ class HeadRows(NamedTuple):
     Attributes:
         states: [N, D].
         weight: [V, D]; heads that give the same tensor are tied.
-        labels: [N], int64: the tokens of the text.
+        labels: [N], int64: the tokens of the text; -1 for one that the head cannot draft, whose row has no `ce`.
         row_weights: [N], constants.
         target_rows: [N], int64, ascending: which row of the target's states each is compared with.
         rows_before: [N], int64: the row of the head before that has the same position, -1 where that head has none
@@ -127,7 +127,8 @@ class SoftTargetsOutput(NamedTuple):
     Attributes:
         loss: Scalar, the sum of `row_weights * row_losses` over all heads; the only part with a gradient.
         row_losses: [N] each, unweighted, detached.
-        cross_entropies: [N] each, of the text's tokens whatever the objective: comparable among runs.
+        cross_entropies: [N] each, of the text's tokens whatever the objective: comparable among runs. Infinite where
+            the head cannot draft the token.
         overlaps: [N] each, `α`.
         correct: [N] each, bool: the text's token is the first of the row's largest logits, which greedy drafts take.
     """
@@ -325,9 +326,9 @@ def _row_losses(
 ) -> Tensor:
     """Fill in the results of rows `own`; returns the gradient of their losses [R, V], in the memory of the logits."""
     weights = {name: objective.weights.get(name, 0.0) for name in TERMS}
-    labels_R1 = labels_R.unsqueeze(1)
     max_logit_R1, drafts_R1 = logits_RV.max(dim=1, keepdim=True)
-    rows.correct[own] = (drafts_R1 == labels_R1).squeeze(1)
+    rows.correct[own] = drafts_R1.squeeze(1) == labels_R
+    has_label_R1, labels_R1 = (labels_R >= 0).unsqueeze(1), labels_R.clamp(min=0).unsqueeze(1)
     if objective.temperature != 1.0:
         logits_RV.div_(objective.temperature)
         max_logit_R1 = max_logit_R1 / objective.temperature
@@ -341,10 +342,11 @@ def _row_losses(
 
     # Of every term d/dz: q - onehot for ce.
     ce_R1 = logsumexp_R1 - label_logit_R1
-    loss_R1 = weights["ce"] * ce_R1
+    ce_weight_R1 = has_label_R1.to(logits_RV.dtype) * weights["ce"]
+    loss_R1 = ce_weight_R1 * ce_R1
     if target is None:
         rows.overlaps[own] = 0.0
-        grad_RV = q_RV.mul_(weights["ce"])
+        grad_RV = q_RV.mul_(ce_weight_R1)
     else:
         p_RV = target.probs_CV
         kl_R1 = logsumexp_R1 - expected_logit_R1 - target.entropy_C1
@@ -368,11 +370,12 @@ def _row_losses(
             rkl_R1 = torch.linalg.vecdot(q_RV, log_ratio_RV).unsqueeze(1)
             loss_R1 = loss_R1 + weights["rkl"] * rkl_R1
             reverse_RV = log_ratio_RV.sub_(rkl_R1).mul_(q_RV).mul_(weights["rkl"])
-        grad_RV = q_RV.mul_(weights["ce"] + kl_weight_R1 + tv_weight_R1 * below_R1)
+        grad_RV = q_RV.mul_(ce_weight_R1 + kl_weight_R1 + tv_weight_R1 * below_R1)
         grad_RV.addcmul_(p_RV, kl_weight_R1, value=-1.0).addcmul_(below_RV, tv_weight_R1, value=-1.0)
         if reverse_RV is not None:
             grad_RV.add_(reverse_RV)
     if weights["ce"]:
-        grad_RV.scatter_add_(1, labels_R1, torch.full_like(label_logit_R1, -weights["ce"]))
-    rows.losses[own], rows.cross_entropies[own] = loss_R1.squeeze(1), ce_R1.squeeze(1)
+        grad_RV.scatter_add_(1, labels_R1, -ce_weight_R1)
+    rows.losses[own] = loss_R1.squeeze(1)
+    rows.cross_entropies[own] = ce_R1.masked_fill(~has_label_R1, torch.inf).squeeze(1)
     return grad_RV.div_(objective.temperature) if objective.temperature != 1.0 else grad_RV

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.models.config import SpeculatorConfig, require_bool
+from verl_speculator.models.config import SpeculatorConfig, require_bool, require_positive_int
+from verl_speculator.models.draft_vocabulary import DraftVocabulary
 from verl_speculator.models.layers import for_head, scale_hidden_states
 from verl_speculator.models.speculator import Speculator
 
@@ -42,11 +43,18 @@ class ChainTrainingArguments:
     head_loss_weights: Any = field(
         default=None, metadata={"help": "how much each head counts: a list, {decay: 0.8} or adaptive"}
     )
+    draft_vocab_path: str | None = field(
+        default=None, metadata={"help": "a .npy file of V booleans instead: the tokens that it can draft"}
+    )
 
 
 @dataclass(kw_only=True)
 class ChainSpeculatorConfig(SpeculatorConfig):
-    """Adds what IBM's `MLPSpeculator` and its descendants have in common, and the keys that their engines look for."""
+    """Adds what IBM's `MLPSpeculator` and its descendants have in common, and the keys that their engines look for.
+
+    Attributes:
+        draft_vocab_size: The number of tokens that can be drafted, where these are not all.
+    """
 
     model_type: ClassVar[str] = "mlp_speculator"
     training_arguments: ClassVar[type | None] = ChainTrainingArguments
@@ -55,9 +63,21 @@ class ChainSpeculatorConfig(SpeculatorConfig):
     tie_weights: bool = field(
         default=True, metadata={"help": "heads share embedding, norm and vocabulary matrix; sum_lstm needs it"}
     )
+    draft_vocab_size: int | None = field(
+        default=None, metadata={"help": "draft so many tokens only, those that the training data have most"}
+    )
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of a vocabulary matrix: the tokens that can be drafted."""
+        return self.vocab_size if self.draft_vocab_size is None else self.draft_vocab_size
 
     def validate(self) -> None:
         super().validate()
+        if self.draft_vocab_size is not None:
+            require_positive_int(self.draft_vocab_size, "draft_vocab_size")
+            if self.draft_vocab_size > self.vocab_size:
+                raise ConfigError(f"draft_vocab_size must be at most vocab_size ({self.vocab_size}).")
         for name in ("scale_input", "tie_weights"):
             require_bool(getattr(self, name), name)
 
@@ -71,6 +91,8 @@ class ChainSpeculatorConfig(SpeculatorConfig):
             "scale_input": self.scale_input,
             "tie_weights": self.tie_weights,
             **{name: getattr(self, name) for name in sorted(own)},
+            # Absent where there is none, for engines that know no such thing.
+            **({} if self.draft_vocab_size is None else {"draft_vocab_size": self.draft_vocab_size}),
         }
 
     @classmethod
@@ -79,11 +101,11 @@ class ChainSpeculatorConfig(SpeculatorConfig):
         return {"tie_weights": False, **super()._fields_from_file(values)}
 
 
-class ChainSpeculator(Speculator):
+class ChainSpeculator(DraftVocabulary, Speculator):
     """A chain of `n_predict` heads. Head i (from 0) at position t reads token `x_{t+1+i}` and predicts `x_{t+2+i}`.
 
     A subclass gives `embed` and `step`, and fills `head` with linear layers without bias: one if all heads share it,
-    else `n_predict`.
+    else `n_predict`; each has `config.head_rows` rows, so that it can have a draft vocabulary.
     """
 
     # How a chain is built and trained does not depend on its class.
@@ -91,6 +113,10 @@ class ChainSpeculator(Speculator):
 
     config: ChainSpeculatorConfig
     head: nn.ModuleList
+
+    def __init__(self, config: ChainSpeculatorConfig) -> None:
+        super().__init__(config)
+        self.make_draft_vocabulary(config.draft_vocab_size)
 
     def begin(self, hidden_states: Tensor) -> State:
         """The state before the first head, each part [..., some width], from hidden states [..., H]."""
@@ -118,7 +144,7 @@ class ChainSpeculator(Speculator):
         return len(self.head) == 1
 
     def head_weight(self, head_index: int) -> nn.Parameter:
-        """The vocabulary matrix [V, D] of a head."""
+        """The vocabulary matrix of a head: [V, D], or [V', D] with a draft vocabulary."""
         weight = for_head(self.head, head_index).weight
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -170,7 +196,7 @@ class ChainSpeculator(Speculator):
                 i at position t reads `tokens[:, t + i]`.
 
         Returns:
-            [n_predict, B, S, V]; entry [i, :, t] predicts `tokens[:, t + i + 1]`.
+            [n_predict, B, S, V]; entry [i, :, t] predicts `tokens[:, t + i + 1]`. -inf for tokens that are not drafted.
         """
         length = hidden_states.shape[1]
         if tokens.shape[1] < length + self.n_predict - 1:
@@ -180,7 +206,8 @@ class ChainSpeculator(Speculator):
             )
         embedded = self.embed_all([tokens[:, i : i + length] for i in range(self.n_predict)])
         outputs = self.unroll(hidden_states, embedded)
-        return torch.stack([F.linear(output, self.head_weight(i)) for i, output in enumerate(outputs)])
+        logits = torch.stack([F.linear(output, self.head_weight(i)) for i, output in enumerate(outputs)])
+        return self.to_target_logits(logits)
 
     @torch.no_grad()
     def draft(
@@ -188,15 +215,15 @@ class ChainSpeculator(Speculator):
         hidden_states: Tensor,
         last_token: Tensor,
         num_tokens: int,
-        choose: Callable[[Tensor], Tensor] = lambda logits: logits.argmax(-1),
+        choose: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Draft tokens [B, num_tokens] after `last_token`.
+        """Draft tokens [B, num_tokens] of the base's vocabulary after `last_token`.
 
         Args:
             hidden_states: [B, H] of the position that predicted `last_token`; cast to the type of the weights.
             last_token: [B] int64.
             num_tokens: 1 to `n_predict`.
-            choose: The next token [B] from its logits [B, V]; the most likely one unless given.
+            choose: The next token [B] from its logits [B, V], -inf for what is not drafted; None for the likeliest.
 
         Raises:
             ConfigError: `num_tokens` is out of range.
@@ -207,5 +234,9 @@ class ChainSpeculator(Speculator):
         # A generator: the next token is known only when `unroll` has given the output that it is chosen from.
         embedded = (self.embed(tokens[i], i) for i in range(num_tokens))
         for i, output in enumerate(self.unroll(hidden_states.to(self.head_weight(0).dtype), embedded)):
-            tokens.append(choose(F.linear(output, self.head_weight(i))))
+            logits = F.linear(output, self.head_weight(i))
+            if choose is None:
+                tokens.append(self.to_target_ids(logits.argmax(-1)))
+            else:
+                tokens.append(choose(self.to_target_logits(logits)))
         return torch.stack(tokens[1:], dim=1)

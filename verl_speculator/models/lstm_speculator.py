@@ -93,7 +93,7 @@ class ArcticLSTMSpeculator(ChainSpeculator):
         else:
             self._build_sum_rnn()
         heads = 1 if config.tie_weights else config.n_predict
-        self.head = nn.ModuleList(linear(config.inner_widths[-1], config.vocab_size) for _ in range(heads))
+        self.head = nn.ModuleList(linear(config.inner_widths[-1], config.head_rows) for _ in range(heads))
         self.embedding_scale = embedding_scale(config.n_predict, config.emb_widths[-1])
         self.reset_parameters()
 

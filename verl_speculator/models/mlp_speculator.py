@@ -70,7 +70,7 @@ class MLPSpeculator(ChainSpeculator):
         self.emb = nn.ModuleList(embedding(config.vocab_size, width) for _ in range(own))
         self.proj = nn.ModuleList(linear(width if i else config.input_hidden_dim, width) for i in range(own_proj))
         self.ln = nn.ModuleList(RMSNorm(width) for _ in range(own))
-        self.head = nn.ModuleList(linear(width, config.vocab_size) for _ in range(own))
+        self.head = nn.ModuleList(linear(width, config.head_rows) for _ in range(own))
         self.embedding_scale = embedding_scale(n_predict, width)
         self.reset_parameters()
 

@@ -11,7 +11,7 @@ import torch
 from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.models import Speculator
 from verl_speculator.models.serialization import PREFIX, read_config, read_weights, write_folder
-from verl_speculator.serving.export_formats import EXPORT_FORMATS, ExportFormat
+from verl_speculator.serving.export_formats import EXPORT_FORMATS, ExportFormat, with_full_vocabulary
 
 HUB = "hf"
 FORMATS = (*EXPORT_FORMATS, HUB)
@@ -43,7 +43,7 @@ def export_speculator(
     if export_format == HUB:
         return _export_for_hub(speculator, folder)
     target = EXPORT_FORMATS[export_format]
-    converted = target.convert(speculator)
+    converted = target.convert(with_full_vocabulary(speculator))
     values = target.config_for(converted.config)
     if export_format == "arctic":
         values["base_model_archs"] = _base_architectures(speculator, base_architecture)

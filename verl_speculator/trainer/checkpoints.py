@@ -65,17 +65,17 @@ class RunCheckpoints:
         self._root = Path(config.trainer.default_local_dir)
         self._lock: IO[str] | None = None
         self.position = Position()
-        probe = self._on_first(self._take_folder)
+        probe = self.on_first(self._take_folder)
         blind = processes.that_miss(probe)
-        self._on_first(lambda: self._check_shared(probe, blind))
+        self.on_first(lambda: self._check_shared(probe, blind))
 
     def save(self) -> Path:
         """Write the checkpoint of `position`; its folder."""
         step = self.position.global_step
-        staging = self._on_first(lambda: layout.open_staging(self._root, step))
+        staging = self.on_first(lambda: layout.open_staging(self._root, step))
         # Ends when every process has written its part.
         self._engine.save_checkpoint(local_path=str(staging), global_step=step)
-        return self._on_first(lambda: self._commit(staging, step))
+        return self.on_first(lambda: self._commit(staging, step))
 
     def load_checkpoint(self) -> int:
         """Load what `trainer.resume_mode` asks for, if it is there; the step to go on from.
@@ -83,7 +83,7 @@ class RunCheckpoints:
         The name is that of verl's handler, which its trainers call once they are built.
         """
         trainer = self._config.trainer
-        folder = self._on_first(
+        folder = self.on_first(
             lambda: layout.find_resume_path(self._root, trainer.resume_mode, trainer.resume_from_path)
         )
         if folder is None:
@@ -91,9 +91,27 @@ class RunCheckpoints:
         if self._processes.is_first:
             print(f"Resuming from {folder}")
         self._engine.load_checkpoint(str(folder))
-        position = self._on_first(lambda: json.loads((folder / _POSITION_FILE).read_text()))
+        position = self.on_first(lambda: json.loads((folder / _POSITION_FILE).read_text()))
         self.position = Position(**position)
         return self.position.global_step
+
+    def on_first(self, act: Callable[[], T]) -> T:
+        """What the first process gets from `act`; if that fails there, no process goes on."""
+        result: Any = None
+        failure: Exception | None = None
+        if self._processes.is_first:
+            try:
+                result = act()
+            except (SpeculatorError, OSError) as error:
+                failure = error
+        # The failure itself stays here: not every error can be sent to another process.
+        failed, result = self._processes.from_first((failure is not None, result))
+        if failure is not None:
+            raise failure
+        if failed:
+            # The first process says why, once.
+            raise SystemExit(2)
+        return result
 
     def close(self) -> None:
         """Leave the folder to other runs."""
@@ -126,24 +144,6 @@ class RunCheckpoints:
         folder = layout.commit(self._root, step)
         layout.keep_newest(self._root, step, self._config.trainer.max_ckpt_to_keep)
         return folder
-
-    def _on_first(self, act: Callable[[], T]) -> T:
-        """What the first process gets from `act`; if that fails there, no process goes on."""
-        result: Any = None
-        failure: Exception | None = None
-        if self._processes.is_first:
-            try:
-                result = act()
-            except (SpeculatorError, OSError) as error:
-                failure = error
-        # The failure itself stays here: not every error can be sent to another process.
-        failed, result = self._processes.from_first((failure is not None, result))
-        if failure is not None:
-            raise failure
-        if failed:
-            # The first process says why, once.
-            raise SystemExit(2)
-        return result
 
 
 def lock(root: Path, patience_s: float = 10) -> IO[str]:

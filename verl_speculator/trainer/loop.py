@@ -24,6 +24,7 @@ from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.step_sums import SUMS_KEY
 from verl_speculator.models.serialization import SUBFOLDER
 from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
+from verl_speculator.trainer.draft_vocabulary import choose_draft_vocabulary
 from verl_speculator.trainer.metrics_log import MetricsLog
 from verl_speculator.trainer.processes import Processes
 
@@ -84,6 +85,11 @@ class SpeculatorTrainingLoop(ABC):
             checkpoint_config=self.checkpoint_config,
             profiler_config=self.profiler_config,
         )
+
+    def chosen_draft_vocabulary(self) -> dict[str, Any]:
+        """Settings of `model.speculator` that follow from the data; one process asks, before an engine is built."""
+        vocab_size = self.model_config.hf_config.get_text_config().vocab_size
+        return choose_draft_vocabulary(self.config, self.train_dataset, vocab_size)
 
     def _build_dataloader(self) -> None:
         data = self.config.data

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 
 from verl_speculator.algorithms.eagle3.attention import TrainingTimeAttention
 from verl_speculator.algorithms.eagle3.config import Eagle3SpeculatorConfig, Eagle3TrainingArguments, check_layer_ids
-from verl_speculator.errors import ConfigError, MissingFileError
+from verl_speculator.errors import ConfigError
 from verl_speculator.losses.alignment import chain_rows, head_inputs, head_targets, trained_positions
 from verl_speculator.losses.soft_targets import HeadRows, Objective, SoftTargetsOutput, TargetHead, soft_target_loss
 from verl_speculator.models.base_components import ModelComponents, model_classes, override_components
+from verl_speculator.models.draft_vocabulary import DraftVocabulary, given_draft_ids, read_t2d
 from verl_speculator.models.speculator import Speculator
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _register_attention() -> None:
 
 
 @Speculator.register("eagle3")
-class Eagle3Speculator(Speculator):
+class Eagle3Speculator(DraftVocabulary, Speculator):
     """Decoder layers on the base's states of several layers; names and shapes in files are Speculators'.
 
     `embed_tokens` and `lm_head` are the base's: the rows of its matrices, those of the draft vocabulary for the second.
@@ -97,7 +97,6 @@ class Eagle3Speculator(Speculator):
     """
 
     config: Eagle3SpeculatorConfig
-    d2t: Tensor | None
     t2d: Tensor | None
 
     def __init__(self, config: Eagle3SpeculatorConfig) -> None:
@@ -119,12 +118,10 @@ class Eagle3Speculator(Speculator):
         self.layers = nn.ModuleList(layers)
         self.norm = parts.norm_class(width, eps=eps)
         self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
-        # Offsets from draft to target ids, and which target tokens can be drafted.
-        self.register_buffer("d2t", None)
-        self.register_buffer("t2d", None)
-        if config.draft_vocab_size < config.vocab_size:
-            self.d2t = torch.zeros(config.draft_vocab_size, dtype=torch.long)
-            self.t2d = torch.arange(config.vocab_size) < config.draft_vocab_size
+        is_reduced = config.draft_vocab_size < config.vocab_size
+        self.make_draft_vocabulary(config.draft_vocab_size if is_reduced else None)
+        # Which of the target's tokens can be drafted: `d2t` says so too, but Speculators looks for it.
+        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size if is_reduced else None)
         self.embed_tokens.weight.requires_grad_(config.embed_requires_grad)
         self.lm_head.weight.requires_grad_(False)
         # No module of its own: it has nothing to load or to shard, and a table on whatever device it is used on.
@@ -134,11 +131,6 @@ class Eagle3Speculator(Speculator):
     @property
     def target_layer_ids(self) -> list[int]:
         return self.config.eagle_aux_hidden_state_layer_ids
-
-    @property
-    def draft_ids(self) -> Tensor | None:
-        """The target's id of each token of the draft vocabulary; None where the two are one."""
-        return None if self.d2t is None else self.d2t + torch.arange(self.d2t.shape[0], device=self.d2t.device)
 
     # Building and training: the contract of every model that is no chain
 
@@ -172,17 +164,8 @@ class Eagle3Speculator(Speculator):
             raise ConfigError(f"target_layer_ids must be given for a base of {num_layers} layers, as in [0, 1, 2].")
         check_layer_ids(layer_ids, "target_layer_ids", num_layers)
         vocab_size = verifier_config.vocab_size
-        if t2d is None and arguments.draft_vocab_path is not None:
-            t2d = _read_t2d(arguments.draft_vocab_path)
-        if t2d is not None and t2d.shape != (vocab_size,):
-            raise ConfigError(f"draft_vocab_path must hold one boolean for each of {vocab_size} tokens.")
-        if arguments.draft_vocab_size not in (None, vocab_size) and t2d is None:
-            raise ConfigError("draft_vocab_size needs draft_vocab_path, which says which tokens these are.")
-        size = vocab_size if t2d is None else int(t2d.sum())
-        if arguments.draft_vocab_size not in (None, size):
-            raise ConfigError(
-                f"draft_vocab_size is {arguments.draft_vocab_size} and draft_vocab_path has {size} tokens."
-            )
+        ids = given_draft_ids(arguments.draft_vocab_size, t2d, arguments.draft_vocab_path, vocab_size)
+        size = vocab_size if ids is None else ids.shape[0]
 
         taken = {name: getattr(verifier_config, name, None) for name in _TAKEN_OVER}
         layer_config = {
@@ -209,8 +192,8 @@ class Eagle3Speculator(Speculator):
                 embed_requires_grad=arguments.embed_requires_grad,
             )
         )
-        if t2d is not None and size < vocab_size:
-            model.load_vocab_mappings(t2d)
+        if ids is not None and size < vocab_size:
+            model.set_draft_ids(ids)
         with torch.no_grad():
             model.embed_tokens.weight.fill_(torch.nan)
             model.lm_head.weight.fill_(torch.nan)
@@ -225,7 +208,7 @@ class Eagle3Speculator(Speculator):
         """
         arguments = Eagle3TrainingArguments(**args)
         if arguments.draft_vocab_path is not None:
-            _read_t2d(arguments.draft_vocab_path)
+            read_t2d(arguments.draft_vocab_path)
         given = arguments.objective
         weights = given if isinstance(given, Mapping) else {given: 1.0}
         kwargs = {
@@ -235,13 +218,10 @@ class Eagle3Speculator(Speculator):
         }
         return kwargs, dict(kwargs)
 
-    def load_vocab_mappings(self, t2d: Tensor) -> None:
-        """Draft the tokens for which `t2d` [V] is true, in the order of their ids."""
+    def set_draft_ids(self, ids: Tensor) -> None:
+        super().set_draft_ids(ids)
         assert self.t2d is not None
-        assert self.d2t is not None
-        ids = t2d.nonzero().squeeze(1).to(torch.long)
-        self.t2d.copy_(t2d)
-        self.d2t.copy_(ids - torch.arange(ids.shape[0], device=ids.device))
+        self.t2d.fill_(False)[ids] = True
 
     @torch.no_grad()
     def load_verifier_weights(self, embed_tokens: Tensor, lm_head: Tensor) -> None:
@@ -329,12 +309,12 @@ class Eagle3Speculator(Speculator):
         total = step_weights @ trained_PT.sum(dim=1).double()
         sum_dtype = torch.promote_types(outputs[0].dtype, torch.float32)
         scales = (step_weights / total.clamp(min=torch.finfo(torch.float32).tiny)).to(sum_dtype)
-        labels = [head_targets(ids_T, at_N, k) for k, at_N in enumerate(rows.trained_positions)]
+        labels = [self.to_draft_ids(head_targets(ids_T, at_N, k)) for k, at_N in enumerate(rows.trained_positions)]
         heads = [
             HeadRows(
                 outputs[k],
                 self.lm_head.weight,
-                self._draft_labels(labels[k]),
+                labels[k],
                 scales[k].expand(len(at_N)),
                 torch.searchsorted(rows.trained_positions[0], at_N + k),
             )
@@ -375,12 +355,7 @@ class Eagle3Speculator(Speculator):
 
     def target_logits(self, outputs: Tensor) -> Tensor:
         """Logits over the target's vocabulary [..., V], -inf where a token cannot be drafted."""
-        logits = self.lm_head(outputs)
-        if self.draft_ids is None:
-            return logits
-        full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
-        full[..., self.draft_ids] = logits
-        return full
+        return self.to_target_logits(self.lm_head(outputs))
 
     def make_drafter(self, sampling: SamplingParams | None = None) -> StatefulDrafter:
         """What drafts with it in `speculative_generate`: its likeliest tokens, or tokens drawn as `sampling` says."""
@@ -394,15 +369,9 @@ class Eagle3Speculator(Speculator):
         self, ids_T: Tensor, loss_mask_T: Tensor, offsets: Tensor, ttt_steps: int, objective: Objective
     ) -> Tensor:
         """[ttt_steps, T], bool: where each step trains."""
-        if self.t2d is not None and objective.weights.get("ce"):
-            loss_mask_T = loss_mask_T * self.t2d.to(ids_T.device)[ids_T]
+        if self.d2t is not None and objective.weights.get("ce"):
+            loss_mask_T = loss_mask_T * (self.to_draft_ids(ids_T) >= 0)
         return trained_positions(loss_mask_T, offsets, ttt_steps)
-
-    def _draft_labels(self, labels_N: Tensor) -> Tensor:
-        """Ids in the draft vocabulary; 0 for a token that is not in it, whose row has soft targets only."""
-        if self.t2d is None:
-            return labels_N
-        return torch.where(self.t2d[labels_N], (self.t2d.cumsum(0) - 1)[labels_N], 0)
 
     def _metrics(
         self, result: SoftTargetsOutput, labels: list[Tensor], trained_PT: Tensor, total: Tensor
@@ -411,10 +380,10 @@ class Eagle3Speculator(Speculator):
         correct = []
         for k, labels_N in enumerate(labels):
             count = trained_PT[k].sum()
-            can_N = torch.ones_like(labels_N, dtype=torch.bool) if self.t2d is None else self.t2d[labels_N]
-            correct.append(result.correct[k] & can_N)
+            can_N = labels_N >= 0
+            correct.append(result.correct[k])
             metrics[f"loss_{k}"] = (result.row_losses[k].sum(), count)
-            metrics[f"cross_entropy_{k}"] = ((result.cross_entropies[k] * can_N).sum(), can_N.sum())
+            metrics[f"cross_entropy_{k}"] = (result.cross_entropies[k].where(can_N, 0.0).sum(), can_N.sum())
             metrics[f"overlap_{k}"] = (result.overlaps[k].sum(), count)
             metrics[f"full_acc_{k}"] = (correct[k].sum(), count)
         correct_PT = torch.zeros_like(trained_PT).masked_scatter_(trained_PT, torch.cat(correct))
@@ -434,14 +403,3 @@ def _offsets(document_ids_T: Tensor) -> Tensor:
 
 def _step_weights(ttt_steps: int, decay: float, device: torch.device) -> Tensor:
     return decay ** torch.arange(ttt_steps, dtype=torch.float64, device=device)
-
-
-def _read_t2d(path: str) -> Tensor:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise MissingFileError(f"draft_vocab_path: there is no file {path!r}")
-    numpy: Any = importlib.import_module("numpy")
-    try:
-        return torch.from_numpy(numpy.load(file)).bool()
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"draft_vocab_path: {path!r} is no .npy file of booleans ({error})") from error
