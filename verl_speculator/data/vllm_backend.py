@@ -47,7 +47,7 @@ class VllmBackend:
                 max_num_seqs=batch_size,
                 # Compiling for a CPU takes longer than it saves.
                 enforce_eager=on_cpu,
-                # Left to itself it wants nearly all of the machine's memory, and refuses where other programs have some.
+                # Left to itself it wants nearly all of the machine's memory, and fails where other programs have some.
                 kv_cache_memory_bytes=int(_CACHE_SHARE * psutil.virtual_memory().available) if on_cpu else None,
             ).llm_engine
         except RuntimeError as error:
