@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -44,9 +43,6 @@ class GatedSpeculatorConfig(ChainSpeculatorConfig):
         if not self.tie_weights:
             raise ConfigError("tie_weights must be true: this speculator has one set of weights for all heads.")
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "inner_dim": self.inner_dim, "gate_bias": self.gate_bias}
-
 
 @register_speculator(GatedSpeculatorConfig)
 class GatedSpeculator(ChainSpeculator):
@@ -61,7 +57,7 @@ class GatedSpeculator(ChainSpeculator):
         self.emb = nn.Embedding(config.vocab_size, width)
         self.gate = nn.Linear(2 * width, width, bias=False)
         self.candidate = nn.Linear(2 * width, width, bias=False)
-        self.head = nn.ModuleList([nn.Linear(width, config.vocab_size, bias=False)])
+        self.head = nn.ModuleList([nn.Linear(width, config.head_rows, bias=False)])
         self.reset_parameters()
 
     def begin(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -24,7 +24,7 @@ from tests.integration import serving_sampling as sampling
 from tests.integration.serving_world import N_PREDICT, NEW_TOKENS
 
 SLOTS = 6
-SPECULATORS = ("mlp", "mlp_untied_scaled", "rnn", "rnn_untied_dotted", "lstm", "lstm_tied_embeddings_dotted")
+SPECULATORS = ("mlp", "mlp_untied_scaled", "rnn_drafts", "rnn_untied_dotted", "lstm", "lstm_tied_embeddings_dotted")
 COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
 

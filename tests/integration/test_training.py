@@ -6,15 +6,22 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from tests.integration.conftest import run_process
-from tests.support.tiny import write_base_model, write_chats
+from tests.support.tiny import VOCAB_SIZE, write_base_model, write_chats
 from verl_speculator.checkpoint import layout
+from verl_speculator.data.rendering import render_chat
+from verl_speculator.data.token_rows import tokenizer_fingerprint
 from verl_speculator.models import Speculator
 from verl_speculator.reports.curves import read_curves
 from verl_speculator.trainer.checkpoints import LOCK_FILE
@@ -24,6 +31,7 @@ pytestmark = pytest.mark.slow
 WIDTHS = [f"model.speculator.{name}_dim=32" for name in ("inner", "emb", "proj")]
 STEPS = 6
 STOP_TOKENS = [2, 0]
+DRAFT_VOCAB_SIZE = 20
 LOGGERS = "trainer.logger=[console,tensorboard,file]"
 STOPPED_RUN = str(Path(__file__).with_name("stopped_run.py"))
 CUSTOM_ADAPTER = Path(__file__).resolve().parents[2] / "examples" / "custom_adapter" / "gated_adapter.py"
@@ -48,6 +56,17 @@ class Runs:
         self.base = write_base_model(folder / "base", dtype=torch.bfloat16, stop_tokens=STOP_TOKENS)
         write_chats(folder / "train.parquet", 72)
         write_chats(folder / "val.parquet", 13, seed=1)
+        self._write_mixed()
+
+    def _write_mixed(self) -> None:
+        """The training data again: one half as tokens, the other as chats."""
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
+        chats = pq.read_table(self.folder / "train.parquet")
+        pq.write_table(chats.slice(36), self.folder / "chats.parquet")
+        rendered = [render_chat(tokenizer, chat, "") for chat in chats["messages"].to_pylist()[:36]]
+        columns = {name: [getattr(row, name) for row in rendered] for name in ("input_ids", "loss_mask")}
+        mark = [tokenizer_fingerprint(tokenizer)] * 36
+        pq.write_table(pa.table({**columns, "tokenizer": mark}), self.folder / "tokens.parquet")
 
     def overrides(self, name: str, *more: str) -> list[str]:
         return [
@@ -113,6 +132,7 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
     joint = ["model.freeze_base_model=false", f"trainer.total_training_steps={STEPS}", "trainer.save_freq=3"]
     stop = "trainer.total_training_steps=3"
     custom = f"model.speculator_adapter={{path: {CUSTOM_ADAPTER}, name: GatedSpeculatorAdapter}}"
+    drafts = [f"model.speculator.draft_vocab_size={DRAFT_VOCAB_SIZE}"]
     trained = f"model.speculator_path={runs.folder / 'whole' / f'global_step_{STEPS}'}"
     states, kept = (f"data.hidden_states_cache={runs.folder / name}" for name in ("states", "eagle3_states"))
     # With a learning rate at which nothing is learned, every validation is as good as the first.
@@ -127,17 +147,20 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
         # The shared ones are of heads.
         return [*(text for text in runs.overrides(name, *settings) if not text.startswith("model.speculator.")), layers]
 
+    mixed = f"data.train_files=[{runs.folder / 'tokens.parquet'},{runs.folder / 'chats.parquet'}]"
     table = {
         "whole": runs.overrides("whole", *LSTM, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2", LOGGERS),
         "evaluated": runs.overrides("evaluated", trained, "trainer.val_only=true"),
-        "stopped": runs.overrides("stopped", *LSTM, stop),
-        "resumed": runs.overrides("stopped", *LSTM),
+        "stopped": runs.overrides("stopped", mixed, *LSTM, stop),
+        "resumed": runs.overrides("stopped", mixed, *LSTM),
         "joint": runs.overrides("joint", *joint),
         "joint_stopped": runs.overrides("joint_stopped", *joint, stop),
         "joint_resumed": runs.overrides("joint_stopped", *joint),
         "killed": killed,
         "terminated": terminated,
-        "finished": runs.overrides("stopped", *LSTM),
+        "finished": runs.overrides("stopped", mixed, *LSTM),
+        "custom": runs.overrides("custom", custom, *drafts, "trainer.total_training_steps=2"),
+        "custom_resumed": runs.overrides("custom", custom, *drafts, "trainer.total_training_steps=3"),
         "states_stopped": runs.overrides("states_resumed", *LSTM, states, stop, "trainer.test_freq=3"),
         "states_resumed": runs.overrides("states_resumed", *LSTM, states, "trainer.test_freq=3"),
         "states_read": runs.overrides("states_read", *LSTM, states, "trainer.test_freq=3"),
@@ -146,7 +169,6 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
         "eagle3_plain": eagle3("eagle3_plain"),
         "eagle3_written": eagle3("eagle3_written", kept),
         "eagle3_read": eagle3("eagle3_read", kept, cut_otherwise),
-        "custom": runs.overrides("custom", custom, "trainer.total_training_steps=2"),
         "mlp": runs.overrides(
             "mlp",
             "model.speculator_adapter={fqn: verl_speculator.adapters.MLPSpeculatorAdapter}",
@@ -222,6 +244,7 @@ def test_checkpoint_holds_the_speculator_and_no_base(runs, launched) -> None:
 
 
 def test_stopping_and_resuming_changes_nothing(runs, launched) -> None:
+    """Nor does it matter that half of these data are tokens."""
     for name, tensor in runs.weights("whole").items():
         assert torch.equal(tensor, runs.weights("stopped")[name]), name
     for step in range(4, STEPS + 1):
@@ -276,6 +299,26 @@ def test_a_joint_checkpoint_does_not_go_on_with_a_frozen_base(runs, launched) ->
 def test_an_adapter_from_a_file_trains(runs, launched) -> None:
     assert launched["custom"][2]["train/loss"] < launched["custom"][1]["train/loss"]
     assert (runs.folder / "custom" / "global_step_2" / "speculator" / "model.safetensors").is_file()
+
+
+def test_a_draft_vocabulary_is_that_of_the_training_data(runs, launched) -> None:
+    """Of an adapter from a file, too; a resumed run keeps it."""
+    t2d = torch.from_numpy(np.load(runs.folder / "custom" / "draft_vocabulary.npy"))
+    assert t2d.sum() == DRAFT_VOCAB_SIZE
+    # Each word of an answer is the word of the tokenizer with a space before it, except the first.
+    tokenizer = AutoTokenizer.from_pretrained(runs.base)
+    counts: Counter[int] = Counter()
+    for chat in pq.read_table(runs.folder / "train.parquet")["messages"].to_pylist():
+        counts.update(tokenizer.encode(chat[1]["content"]))
+    frequent = {token for token, _ in counts.most_common(DRAFT_VOCAB_SIZE // 2)}
+    assert frequent <= set(t2d.nonzero().squeeze(1).tolist())
+    for step in (2, 3):
+        tensors = runs.weights("custom", step)
+        assert torch.equal(tensors["d2t"] + torch.arange(DRAFT_VOCAB_SIZE), t2d.nonzero().squeeze(1))
+        assert tensors["head.0.weight"].shape[0] == DRAFT_VOCAB_SIZE
+        assert tensors["emb.weight"].shape[0] == VOCAB_SIZE
+    assert 0 < launched["custom"][1]["train/head_0/outside"] < 0.8
+    assert min(launched["custom_resumed"]) == 3
 
 
 def test_the_mlp_speculator_trains_on_padded_batches(runs, launched) -> None:

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
-SPECULATORS = ("mlp", "mlp_untied_scaled", "rnn", "rnn_untied_dotted", "lstm", "lstm_tied_embeddings_dotted")
+SPECULATORS = ("mlp", "mlp_untied_scaled", "rnn_drafts", "rnn_untied_dotted", "lstm", "lstm_tied_embeddings_dotted")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
 

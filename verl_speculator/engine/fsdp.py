@@ -41,7 +41,8 @@ from verl_speculator.engine.optimizer_config import adam_arguments, base_lr
 from verl_speculator.engine.packed_attention import attend_by_sequence
 from verl_speculator.engine.sequence_parallel import gather_sequence
 from verl_speculator.engine.speculator_engine import SpeculatorEngine, full_norm
-from verl_speculator.engine.target_head import FrozenHead, full_head_weight, why_not_plain
+from verl_speculator.engine.target_head import FrozenHead, full_head, target_head
+from verl_speculator.losses import TargetHead
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
@@ -71,9 +72,9 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
             if torch.distributed.get_rank() == 0:
                 print(attention)
         head = output_embeddings(module)
-        self._build_speculator(module, self._why_no_target_weight_of(head))
+        self._build_speculator(module, self._why_no_target_of_strategy())
         if self._needs_frozen_head:
-            self._frozen_head = FrozenHead(head.weight)
+            self._frozen_head = FrozenHead(target_head(self.model_config.hf_config, head.weight, head.bias))
         if self.is_base_frozen:
             replace_lm_head(module, self._seen)
             module.gradient_checkpointing_disable()
@@ -91,10 +92,10 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         self._shard_speculator(self.device_mesh, PrecisionType.to_dtype(precision.get("reduce_dtype", "fp32")))
         return module
 
-    def _why_no_target_weight_of(self, head: nn.Module) -> str | None:
+    def _why_no_target_of_strategy(self) -> str | None:
         if not self.is_base_frozen and self.engine_config.strategy == "fsdp":
             return "engine.strategy=fsdp flattens the vocabulary matrix of a base that trains"
-        return why_not_plain(self.model_config.hf_config, head)
+        return None
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         params = list(self.adapter.get_optimizer_params())
@@ -112,8 +113,11 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
     def _base_modules(self) -> list[nn.Module]:
         return [self.module]
 
-    def _trained_head_weight(self) -> Tensor:
-        return full_head_weight(self.module)
+    def _trained_head(self) -> TargetHead:
+        return full_head(self.module)
+
+    def _base_matrices(self, base: Any) -> tuple[Tensor, Tensor]:
+        return base.get_input_embeddings().weight, output_embeddings(base).weight
 
     # A step
 
@@ -121,7 +125,7 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         self, data: TensorDict, loss_function: Callable, forward_only: bool = False
     ) -> dict[str, Any]:
         self._begin_step(data)
-        with self._target_weight_gathered(forward_only):
+        with self._target_gathered(forward_only):
             super().forward_backward_batch(data, loss_function, forward_only)
         # A forward pass without a backward one leaves it gathered.
         cast(FSDPModule, self.speculator_unit).reshard()

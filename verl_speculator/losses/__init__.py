@@ -8,7 +8,13 @@ from verl_speculator.losses.alignment import (
     trained_positions,
 )
 from verl_speculator.losses.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
-from verl_speculator.losses.objective import SpeculatorLoss, normalised_weights, speculator_loss, speculator_metrics
+from verl_speculator.losses.objective import (
+    SpeculatorLoss,
+    count_loss_rows,
+    normalised_weights,
+    speculator_loss,
+    speculator_metrics,
+)
 from verl_speculator.losses.packed import PackedHiddenStates
 from verl_speculator.losses.soft_targets import Objective, TargetHead, soft_target_loss
 
@@ -20,6 +26,7 @@ __all__ = [
     "TargetHead",
     "acceptance_metrics",
     "acceptance_sums",
+    "count_loss_rows",
     "count_trained_positions",
     "head_inputs",
     "head_targets",

@@ -36,6 +36,7 @@ class _Drafts(NamedTuple):
         overlap_PT: [n_predict, T], `Σ min(p, q)`.
         surprise_PT: [n_predict, T], `-log p(x)` of the text's token.
         entropy_PT: [n_predict, T], what that is on average for a token drawn from p.
+        outside_PT: [n_predict, T], the share of p on tokens that cannot be drafted.
     """
 
     keeps_PT: Tensor
@@ -43,14 +44,15 @@ class _Drafts(NamedTuple):
     overlap_PT: Tensor
     surprise_PT: Tensor
     entropy_PT: Tensor
+    outside_PT: Tensor
 
 
 @torch.no_grad()
 def acceptance_sums(speculator: ChainSpeculator, packed: PackedHiddenStates) -> dict[str, Tensor]:
     """Sums for `acceptance_metrics`, which may be added over batches and ranks; sequences must be whole.
 
-    Sampled verification is measured, at temperature 1, where `packed.lm_head_weight` gives the target's distribution:
-    `softmax(hidden_states @ lm_head_weight.T)`. Logits of both models exist for a few hundred rows at a time.
+    Sampled verification is measured, at temperature 1, where `packed.base_head` gives the target's distribution.
+    Logits of both models exist for a few hundred rows at a time.
     """
     starts_T = _round_starts(packed.loss_mask, packed.cu_seqlens)
     trained_PT = trained_positions(packed.loss_mask, packed.cu_seqlens, speculator.n_predict)
@@ -59,13 +61,15 @@ def acceptance_sums(speculator: ChainSpeculator, packed: PackedHiddenStates) -> 
     drafts = _teacher_forced(speculator, packed, inside_PT)
 
     sums = _closed_loop_sums("closed_loop", drafts.keeps_PT, inside_PT)
-    if packed.lm_head_weight is not None:
+    if packed.base_head is not None:
         sums |= _closed_loop_sums("closed_loop_sampled", drafts.follows_PT, inside_PT)
         reached_PT = torch.cat([torch.ones_like(drafts.follows_PT[:1]), drafts.follows_PT[:-1].cumprod(dim=0)])
         for i, overlap in enumerate((reached_PT * drafts.overlap_PT * inside_PT).sum(dim=1)):
             sums[f"overlap_{i}/sum"] = overlap
             sums[f"overlap_{i}/count"] = inside_PT[i].sum().float()
         sums["text/surprise"], sums["text/entropy"] = drafts.surprise_PT[0].sum(), drafts.entropy_PT[0].sum()
+        if speculator.draft_ids is not None:
+            sums["text/mass_outside"] = drafts.outside_PT[0].sum()
     return sums
 
 
@@ -77,13 +81,16 @@ def acceptance_metrics(sums: Mapping[str, float]) -> dict[str, float]:
         decoding this text yields, `1 + accepted / rounds`. `sampled_acceptance_length`: `1 + Σ_i` of the mean over all
         positions of the chance that drafts 0 to i are kept at temperature 1. `surprise_over_entropy`: near 1 where the
         text is as likely as one sampled from the target. Greedy answers lie far below it, and what sampling would
-        accept cannot be told from them: the two sampled lengths are then left out.
+        accept cannot be told from them: the two sampled lengths are then left out. With a draft vocabulary
+        `mass_outside_draft_vocabulary`: the target's probability of tokens that cannot be drafted.
     """
     metrics = {}
     if sums.get("closed_loop/rounds"):
         metrics["closed_loop_acceptance_length"] = _per_round(sums, "closed_loop")
     if sums.get("text/entropy"):
         metrics["surprise_over_entropy"] = sums["text/surprise"] / sums["text/entropy"]
+        if "text/mass_outside" in sums:
+            metrics["mass_outside_draft_vocabulary"] = sums["text/mass_outside"] / sums["overlap_0/count"]
         if 1 / _READS_AS_SAMPLED < metrics["surprise_over_entropy"] < _READS_AS_SAMPLED:
             metrics["closed_loop_sampled_acceptance_length"] = _per_round(sums, "closed_loop_sampled")
             heads = sum(key.startswith("overlap_") and key.endswith("/count") for key in sums)
@@ -127,20 +134,25 @@ def _measure_rows(
 ) -> None:
     targets_N = head_targets(packed.input_ids, positions_N, head_index)
     draft_logits_NV = outputs_ND @ speculator.head_weight(head_index).T
-    columns.keeps_PT[head_index, positions_N] = (draft_logits_NV.argmax(dim=1) == targets_N).float()
-    if packed.lm_head_weight is None:
+    drafts_N = speculator.to_target_ids(draft_logits_NV.argmax(dim=1))
+    columns.keeps_PT[head_index, positions_N] = (drafts_N == targets_N).float()
+    head = packed.base_head
+    if head is None:
         return
     # Head i's target is the token that the target model predicts i + 1 positions further on.
     target_positions_N = (positions_N + head_index + 1).clamp(max=packed.num_tokens - 1)
-    target_logits_NV = (
-        packed.hidden_states[target_positions_N].to(packed.lm_head_weight.dtype) @ packed.lm_head_weight.T
-    )
-    draft_NV, target_NV = draft_logits_NV.float().log_softmax(dim=1), target_logits_NV.float().log_softmax(dim=1)
+    states_NH = packed.hidden_states[target_positions_N].to(head.weight.dtype)
+    target_logits_NV = head.logits(states_NH, torch.promote_types(states_NH.dtype, torch.float32))
+    draft_NV = speculator.to_target_logits(draft_logits_NV.float().log_softmax(dim=1))
+    target_NV = target_logits_NV.float().log_softmax(dim=1)
     columns.overlap_PT[head_index, positions_N] = torch.minimum(draft_NV, target_NV).exp().sum(dim=1)
     draft_N, target_N = (part.gather(1, targets_N[:, None]).squeeze(1) for part in (draft_NV, target_NV))
     columns.follows_PT[head_index, positions_N] = (draft_N - target_N).clamp(max=0).exp()
     columns.surprise_PT[head_index, positions_N] = -target_N
     columns.entropy_PT[head_index, positions_N] = -(target_NV.exp() * target_NV).sum(dim=1)
+    if speculator.draft_ids is not None:
+        inside_N = target_NV.index_select(1, speculator.draft_ids).exp().sum(dim=1)
+        columns.outside_PT[head_index, positions_N] = 1 - inside_N
 
 
 def _closed_loop_sums(name: str, chance_PT: Tensor, inside_PT: Tensor) -> dict[str, Tensor]:

@@ -198,7 +198,7 @@ class Speculator(nn.Module, ABC):
         """
         views = self.file_views(self.state_dict() if state_dict is None else state_dict)
         exported = serialization.plain_tensors(views, dtype)
-        file_dtype = next(iter(exported.values())).dtype
+        file_dtype = next(tensor.dtype for tensor in exported.values() if tensor.is_floating_point())
         unused = {name: torch.zeros(shape, dtype=file_dtype) for name, shape in self.file_only_tensors().items()}
         copies = serialization.copy_names(exported, self.tied_copies())
         return exported | {copy: exported[shared] for copy, shared in copies.items()} | unused

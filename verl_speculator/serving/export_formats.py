@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from verl_speculator.errors import ConfigError
 from verl_speculator.models import (
     ArcticLSTMSpeculatorConfig,
+    ChainSpeculator,
     ChainSpeculatorConfig,
     MLPSpeculator,
     MLPSpeculatorConfig,
@@ -43,6 +46,26 @@ class ExportFormat:
     config_for: Callable[[SpeculatorConfig], dict[str, Any]]
     shapes_for: Callable[[Mapping[str, Any]], Shapes]
     prefix: str = ""
+
+
+def with_full_vocabulary(speculator: Speculator) -> Speculator:
+    """`speculator` with a row for every token of its base, for engines that know no draft vocabulary.
+
+    The row of a token that it cannot draft is the mean of all others. So its logit is the mean of theirs and never the
+    largest: greedy drafts stay what they are.
+    """
+    if not isinstance(speculator, ChainSpeculator) or speculator.draft_ids is None:
+        return speculator
+    config = speculator.config
+    state = speculator.state_dict()
+    del state["d2t"]
+    for name, rows in speculator.head.state_dict(prefix="head.").items():
+        mean = rows.mean(dim=0, dtype=torch.float64).to(rows.dtype)
+        state[name] = mean.repeat(config.vocab_size, 1).index_copy_(0, speculator.draft_ids, rows)
+    with torch.device("meta"):
+        full = Speculator.from_config(dataclasses.replace(config, draft_vocab_size=None))
+    full.load_state_dict(state, assign=True)
+    return full
 
 
 def as_mlp(speculator: Speculator) -> Speculator:

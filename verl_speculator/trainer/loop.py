@@ -28,9 +28,11 @@ from verl_speculator.engine.step_sums import SUMS_KEY
 from verl_speculator.errors import ConfigError
 from verl_speculator.models.serialization import BEST_FILE, SUBFOLDER
 from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
+from verl_speculator.trainer.draft_vocabulary import choose_draft_vocabulary
 from verl_speculator.trainer.hidden_states import open_states_cache, plan
 from verl_speculator.trainer.metrics_log import MetricsLog
 from verl_speculator.trainer.processes import Processes
+from verl_speculator.trainer.rows import build_rows
 
 _TO_STOP_BY = ("closed_loop_acceptance_length", "acceptance_length")
 
@@ -38,8 +40,8 @@ _TO_STOP_BY = ("closed_loop_acceptance_length", "acceptance_length")
 class SpeculatorTrainingLoop(ABC):
     """Mixed into verl's two `SFTTrainer` classes, which build configuration, dataset and workers.
 
-    verl calls `_build_dataloader`, `_build_engine` and `_build_ckpt_handler` from its constructor, in an order that
-    differs between the two, and then `ckpt_handler.load_checkpoint()`.
+    verl calls `_build_dataset`, `_build_dataloader`, `_build_engine` and `_build_ckpt_handler` from its constructor, in
+    an order that differs between the two, and then `ckpt_handler.load_checkpoint()`.
     """
 
     # From verl's trainers
@@ -93,6 +95,11 @@ class SpeculatorTrainingLoop(ABC):
             profiler_config=self.profiler_config,
         )
 
+    def chosen_draft_vocabulary(self) -> dict[str, Any]:
+        """Settings of `model.speculator` that follow from the data; one process asks, before an engine is built."""
+        vocab_size = self.model_config.hf_config.get_text_config().vocab_size
+        return choose_draft_vocabulary(self.config, self.train_dataset, vocab_size)
+
     def prefetch_states(self, batch: Mapping[str, Any]) -> None:  # noqa: B027 - not every process has an engine
         """Begin to read the hidden states of the batch after the next step, where that can be done from here."""
 
@@ -117,6 +124,14 @@ class SpeculatorTrainingLoop(ABC):
     def _share_states(self) -> None:
         if self._states_cache is not None:
             self.training_client.share_states()
+
+    def _build_dataset(self) -> None:
+        data = self.config.data
+        readers = self.model_config.tokenizer, self.model_config.processor
+        self.train_dataset = build_rows(data, "train_files", data.train_max_samples, *readers)
+        self.val_dataset = None
+        if data.val_files:
+            self.val_dataset = build_rows(data, "val_files", data.val_max_samples, *readers)
 
     def _build_dataloader(self) -> None:
         data = self.config.data

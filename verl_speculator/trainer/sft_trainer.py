@@ -34,6 +34,8 @@ class SpeculatorSFTTrainer(SpeculatorTrainingLoop, SFTTrainer):
         self.engine = self.training_client.engine
         # Now, since the model is not loaded before `reset`.
         self.ckpt_handler = RunCheckpoints(self.config, self.engine, self.processes)
+        # Once for all: the others read the file. The engine has the same dictionary, and is not built yet.
+        self.model_config.speculator.update(self.processes.on_first(self.chosen_draft_vocabulary))
 
     def _init_engine(self) -> None:
         self._plan_steps()

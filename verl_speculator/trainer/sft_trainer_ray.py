@@ -34,6 +34,7 @@ class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
 
     def _build_engine(self) -> None:
         trainer = self.config.trainer
+        self.model_config.speculator.update(self.chosen_draft_vocabulary())
         # One worker to a device: verl reserves a CPU for every worker that may share it.
         pool = RayResourcePool(process_on_nodes=[trainer.n_gpus_per_node] * trainer.nnodes, max_colocate_count=1)
         worker = RayClassWithInitArgs(ray.remote(SpeculatorTrainingWorker), config=self.worker_config())

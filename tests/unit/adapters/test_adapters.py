@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from verl_speculator.adapters import LSTMSpeculatorAdapter, MLPSpeculatorAdapter, SpeculatorAdapter
 from verl_speculator.adapters.settings import SHARED_DEFAULTS
-from verl_speculator.errors import ConfigError
+from verl_speculator.errors import ConfigError, SpeculatorError
 from verl_speculator.losses import Objective, PackedHiddenStates, speculator_loss
-from verl_speculator.models import ArcticLSTMSpeculator, MLPSpeculator
+from verl_speculator.models import ArcticLSTMSpeculator, MLPSpeculator, MLPSpeculatorConfig
 
 NARROW = {**SHARED_DEFAULTS, "n_predict": 3, "inner_dim": 8, "emb_dim": 8, "proj_dim": 8}
 CASES = {
@@ -133,7 +134,7 @@ def test_metrics_are_averaged_without_a_speculator(adapter, packed) -> None:
         ({"scale_inputs": True}, r"^model\.speculator\.scale_inputs .* did you mean model\.speculator\.scale_input\?$"),
         (
             {"qqq": 1},
-            r"^model\.speculator\.qqq is not a setting .*; it has emb_dim, head_loss_weights, inner_dim,",
+            r"^model\.speculator\.qqq is not a setting .*; it has draft_vocab_path, draft_vocab_size, emb_dim,",
         ),
         ({"vocab_size": 5}, r"^model\.speculator\.vocab_size is not a setting"),
         ({"torch_dtype": "int8"}, r"^model\.speculator\.torch_dtype must be"),
@@ -168,7 +169,7 @@ def test_objective_comes_from_the_settings(base, packed, objective, weights) -> 
     settings = {**NARROW, "objective": objective, "objective_temperature": 0.5, "head_loss_weights": {"decay": 0.5}}
     adapter = LSTMSpeculatorAdapter(settings)
     adapter.speculator = adapter.build_speculator_module(base)
-    assert adapter.needs.target_head_weight
+    assert adapter.needs.target_head
     packed.lm_head_weight = torch.randn(40, packed.hidden_states.shape[1])
     loss, metrics = adapter.compute_speculator_loss(packed)
     expected = speculator_loss(
@@ -181,8 +182,8 @@ def test_objective_comes_from_the_settings(base, packed, objective, weights) -> 
 
 
 def test_hard_labels_need_nothing_of_the_target() -> None:
-    assert not LSTMSpeculatorAdapter(NARROW).needs.target_head_weight
-    assert not LSTMSpeculatorAdapter({**NARROW, "head_loss_weights": "adaptive"}).needs.target_head_weight
+    assert not LSTMSpeculatorAdapter(NARROW).needs.target_head
+    assert not LSTMSpeculatorAdapter({**NARROW, "head_loss_weights": "adaptive"}).needs.target_head
 
 
 @pytest.mark.parametrize(
@@ -198,3 +199,42 @@ def test_hard_labels_need_nothing_of_the_target() -> None:
 def test_wrong_objectives_name_their_key(settings, message) -> None:
     with pytest.raises(ConfigError, match=message):
         MLPSpeculatorAdapter({**NARROW, **settings})
+
+
+def test_a_draft_vocabulary_comes_from_a_file(base, tmp_path) -> None:
+    kept = np.arange(40) % 3 == 0
+    np.save(tmp_path / "t2d.npy", kept)
+    adapter = LSTMSpeculatorAdapter({**NARROW, "draft_vocab_path": str(tmp_path / "t2d.npy")})
+    speculator = adapter.build_speculator_module(base)
+    assert speculator.config.draft_vocab_size == kept.sum()
+    assert speculator.draft_ids.tolist() == kept.nonzero()[0].tolist()
+    with torch.device("meta"):  # as ranks build it that get their weights from another
+        assert adapter.build_speculator_module(base).head_weight(0).shape == (kept.sum(), 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"draft_vocab_size": 0}, r"^model\.speculator\.draft_vocab_size must be a positive integer, not 0"),
+        ({"draft_vocab_path": "/absent.npy"}, r"^model\.speculator\.draft_vocab_path: there is no file '/absent\.npy'"),
+    ],
+)
+def test_wrong_draft_vocabularies(settings, message) -> None:
+    with pytest.raises(SpeculatorError, match=message):
+        MLPSpeculatorAdapter({**NARROW, **settings})
+
+
+def test_draft_vocabularies_that_do_not_fit(base, tmp_path) -> None:
+    np.save(tmp_path / "t2d.npy", np.ones(7, dtype=bool))
+    with pytest.raises(ConfigError, match=r"^model\.speculator\.draft_vocab_path must hold one boolean for each of 40"):
+        MLPSpeculatorAdapter({**NARROW, "draft_vocab_path": str(tmp_path / "t2d.npy")}).build_speculator_module(base)
+    with pytest.raises(ConfigError, match=r"^model\.speculator\.draft_vocab_size needs draft_vocab_path"):
+        MLPSpeculatorAdapter({**NARROW, "draft_vocab_size": 7}).build_speculator_module(base)
+
+
+def test_a_chain_with_rows_for_all_tokens_has_no_draft_vocabulary(base, tmp_path, monkeypatch) -> None:
+    np.save(tmp_path / "t2d.npy", np.arange(40) < 9)
+    monkeypatch.setattr(MLPSpeculatorConfig, "head_rows", 40)
+    adapter = MLPSpeculatorAdapter({**NARROW, "draft_vocab_path": str(tmp_path / "t2d.npy")})
+    with pytest.raises(ConfigError, match=r"draft_vocab_size: the head of a MLPSpeculator has 40 rows"):
+        adapter.build_speculator_module(base)

@@ -31,9 +31,9 @@ def build_model(family: str, *, seed: int = 3, **changes):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-def build_speculator(kind: str, model, n_predict: int = 3, seed: int = 0) -> Speculator:
+def build_speculator(kind: str, model, n_predict: int = 3, seed: int = 0, **settings) -> Speculator:
     vocab_size, hidden_size = model.get_output_embeddings().weight.shape
-    common = {"input_hidden_dim": hidden_size, "vocab_size": vocab_size, "n_predict": n_predict}
+    common = {"input_hidden_dim": hidden_size, "vocab_size": vocab_size, "n_predict": n_predict, **settings}
     if kind == "mlp":
         config = MLPSpeculatorConfig(**common, inner_dim=16)
     else:

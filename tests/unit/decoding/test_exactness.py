@@ -95,6 +95,18 @@ def test_output_has_the_targets_distribution(model, exact, kind, draft_sampling,
 
 
 @pytest.mark.parametrize("name", ["warm", "all"])
+@pytest.mark.parametrize("draft_sampling", ["greedy", "random"])
+def test_a_draft_vocabulary_leaves_the_distribution_alone(model, exact, draft_sampling, name):
+    speculator = build_speculator("mlp", model, n_predict=2, draft_vocab_size=4)
+    speculator.set_draft_ids(torch.tensor([0, 2, 3, 5]))
+
+    result = decode(model, speculator, SAMPLINGS[name], draft_sampling=draft_sampling)
+
+    assert p_value(result.tokens, exact(name)) > GOOD
+    assert 0 < result.counts.acceptance_rate < 1
+
+
+@pytest.mark.parametrize("name", ["warm", "all"])
 def test_copied_drafts_of_different_lengths_are_exact_too(model, exact, name):
     result = decode(model, NgramDrafter(2), SAMPLINGS[name])
 

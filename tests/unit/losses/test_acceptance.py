@@ -49,10 +49,16 @@ def target() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
+CONFIGS["sum_lstm_drafts"] = dataclasses.replace(CONFIGS["sum_lstm"], draft_vocab_size=5)
+
+
 @pytest.fixture(params=sorted(CONFIGS))
 def speculator(request: pytest.FixtureRequest) -> Speculator:
     torch.manual_seed(3)
-    return Speculator.from_config(CONFIGS[request.param])
+    speculator = Speculator.from_config(CONFIGS[request.param])
+    if speculator.draft_ids is not None:
+        speculator.set_draft_ids(torch.tensor([0, 1, 2, 4, 6]))
+    return speculator
 
 
 def _packed(target: LlamaForCausalLM, prompts: torch.Tensor, answers: list[list[int]]) -> PackedHiddenStates:
@@ -142,6 +148,11 @@ def test_overlap_is_the_sum_of_the_smaller_probabilities(target, speculator):
                 total, count = total + float(chance), count + 1
         assert sums[f"overlap_{head}/count"] == count
         assert sums[f"overlap_{head}/sum"] == pytest.approx(total, rel=1e-5)
+    assert ("text/mass_outside" in sums) == (speculator.draft_ids is not None)
+    if speculator.draft_ids is not None:
+        known = [hidden[row, position + 1] for row in range(2) for position in range(PROMPT - 1, length - 2)]
+        outside = sum(target.lm_head(state).softmax(-1)[[3, 5]].sum() for state in known)
+        assert sums["text/mass_outside"] == pytest.approx(float(outside), rel=1e-5)
 
 
 class _Recites(ChainSpeculator):

@@ -1,5 +1,6 @@
 """The objective against a loop over sequences, positions and heads that shares no code with it."""
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from verl_speculator.errors import ConfigError, DataError
 from verl_speculator.losses import (
     Objective,
     PackedHiddenStates,
+    count_loss_rows,
     count_trained_positions,
     speculator_loss,
     speculator_metrics,
@@ -32,12 +34,15 @@ LENGTHS = [7, 2, 1, 12, 3, 0, 4]
 class TinySpeculator(ChainSpeculator):
     """A chain with a two-part state, as small as one can be, whose tables count as untied."""
 
-    def __init__(self, tied: bool, n_predict: int = N_PREDICT):
-        super().__init__(ChainSpeculatorConfig(input_hidden_dim=HIDDEN, vocab_size=VOCAB, n_predict=n_predict))
+    def __init__(self, tied: bool, n_predict: int = N_PREDICT, **settings):
+        config = ChainSpeculatorConfig(input_hidden_dim=HIDDEN, vocab_size=VOCAB, n_predict=n_predict, **settings)
+        super().__init__(config)
         self.start = nn.Linear(HIDDEN, WIDTH)
         self.emb = nn.Embedding(VOCAB, WIDTH)
         self.mix = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(n_predict))
-        self.head = nn.ModuleList(nn.Linear(WIDTH, VOCAB, bias=False) for _ in range(1 if tied else n_predict))
+        self.head = nn.ModuleList(
+            nn.Linear(WIDTH, config.head_rows, bias=False) for _ in range(1 if tied else n_predict)
+        )
         self.reset_parameters()
 
     def begin(self, hidden_states):
@@ -57,36 +62,37 @@ class TinySpeculator(ChainSpeculator):
         return 1.0
 
 
-def _mlp(tied):
-    return MLPSpeculator(
-        MLPSpeculatorConfig(
-            input_hidden_dim=HIDDEN, inner_dim=WIDTH, vocab_size=VOCAB, n_predict=N_PREDICT, tie_weights=tied
-        )
-    )
+SIZES = {"input_hidden_dim": HIDDEN, "vocab_size": VOCAB, "n_predict": N_PREDICT}
 
 
-def _lstm(method, tied):
+def _mlp(tied, **settings):
+    return MLPSpeculator(MLPSpeculatorConfig(**SIZES, inner_dim=WIDTH, tie_weights=tied, **settings))
+
+
+def _lstm(method, tied, **settings):
     widths = {"inner_dim": WIDTH, "emb_dim": WIDTH, "proj_dim": WIDTH}
     return ArcticLSTMSpeculator(
-        ArcticLSTMSpeculatorConfig(
-            input_hidden_dim=HIDDEN, vocab_size=VOCAB, n_predict=N_PREDICT, tie_weights=tied, method=method, **widths
-        )
+        ArcticLSTMSpeculatorConfig(**SIZES, tie_weights=tied, method=method, **widths, **settings)
     )
 
 
 SPECULATORS = {
-    "tiny_tied": lambda: TinySpeculator(tied=True),
-    "tiny_untied": lambda: TinySpeculator(tied=False),
-    "mlp_tied": lambda: _mlp(True),
-    "mlp_untied": lambda: _mlp(False),
-    "lstm": lambda: _lstm("sum_lstm", True),
-    "rnn_untied": lambda: _lstm("sum_rnn", False),
+    "tiny_tied": partial(TinySpeculator, True),
+    "tiny_untied": partial(TinySpeculator, False),
+    "mlp_tied": partial(_mlp, True),
+    "mlp_untied": partial(_mlp, False),
+    "lstm": partial(_lstm, "sum_lstm", True),
+    "rnn_untied": partial(_lstm, "sum_rnn", False),
 }
 
 
-def _speculator(name):
+def _speculator(name, draft_ids=None):
     torch.manual_seed(1)
-    return SPECULATORS[name]().double()
+    if draft_ids is None:
+        return SPECULATORS[name]().double()
+    speculator = SPECULATORS[name](draft_vocab_size=len(draft_ids)).double()
+    speculator.set_draft_ids(torch.tensor(draft_ids))
+    return speculator
 
 
 def _batch(mask_kind="random", lengths=LENGTHS, seed=2):
@@ -396,7 +402,7 @@ def test_soft_losses_and_gradients_do_not_depend_on_micro_batches(head_loss_weig
 
 
 def test_soft_objective_without_the_target_is_refused():
-    with pytest.raises(DataError, match="needs lm_head_weight"):
+    with pytest.raises(DataError, match="needs target_head"):
         speculator_loss(_speculator("tiny_tied"), _batch(), objective=Objective({"kl": 1.0}))
 
 
@@ -405,3 +411,101 @@ def test_decaying_weights_are_powers():
     decayed = speculator_loss(speculator, packed, head_loss_weights={"decay": 0.5}).loss
     listed = speculator_loss(speculator, packed, head_loss_weights=[4.0, 2.0, 1.0]).loss
     torch.testing.assert_close(decayed, listed)
+
+
+DRAFT_IDS = [0, 2, 3, 6, 7, 8, 12]
+
+
+def _slow_reduced(speculator, packed, weights, head_loss_weights):
+    """Loss, and per head the tokens outside of the draft vocabulary and the drafts that are right."""
+    n_predict = speculator.n_predict
+    losses, kept = [[] for _ in range(n_predict)], {}
+    outside, correct = [0] * n_predict, [0] * n_predict
+    for i, t, sequence, logits, target_logits, token in _slow_rows(speculator, packed):
+        q, p = logits.softmax(0), target_logits[DRAFT_IDS].softmax(0)
+        drafted = DRAFT_IDS[int(q.argmax())]
+        outside[i] += token.item() not in DRAFT_IDS
+        correct[i] += drafted == token.item()
+        chance = q[DRAFT_IDS.index(token.item())] if token.item() in DRAFT_IDS else torch.zeros(())
+        kl = (p * (p.log() - q.log())).sum()
+        overlap = torch.minimum(p, q).sum()
+        reach = 1.0
+        if head_loss_weights == "adaptive":
+            kept[sequence, t, i] = (chance if set(weights) == {"ce"} else overlap).item()
+            for before in range(i - 1, -1, -1):
+                if (sequence, t, before) not in kept:
+                    break
+                reach *= (1 + kept[sequence, t, before]) / 2
+        if "ce" in weights and token.item() not in DRAFT_IDS:
+            continue
+        terms = {"ce": -chance.log(), "kl": kl, "tv": 1 - overlap}
+        losses[i].append(reach * sum(weight * terms[name] for name, weight in weights.items()))
+    means = [torch.stack(head).mean() if head else torch.zeros((), dtype=torch.float64) for head in losses]
+    return torch.stack(means).mean(), outside, correct
+
+
+@pytest.mark.parametrize("name", ["tiny_tied", "tiny_untied", "mlp_untied", "lstm", "rnn_untied"])
+@pytest.mark.parametrize("mask_kind", ["none", "all", "one", "random"])
+@pytest.mark.parametrize(
+    ("weights", "head_loss_weights"),
+    [
+        *(({"ce": 1.0}, kind) for kind in (None, "adaptive")),
+        *(({"kl": 1.0}, kind) for kind in (None, "adaptive")),
+        ({"ce": 0.5, "tv": 0.5}, None),
+    ],
+)
+def test_draft_vocabulary_matches_a_slow_loop(name, mask_kind, weights, head_loss_weights):
+    speculator, packed = _speculator(name, DRAFT_IDS), _batch(mask_kind)
+    expected, outside, correct = _slow_reduced(speculator, packed, weights, head_loss_weights)
+    packed.lm_head_weight = TARGET_WEIGHT
+    settings = {"objective": Objective(weights), "head_loss_weights": head_loss_weights, "chunk_size": 3}
+    result = speculator_loss(speculator, packed, **settings)
+
+    torch.testing.assert_close(result.loss, expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        _gradients(result.loss, speculator), _gradients(expected, speculator), rtol=1e-8, atol=1e-12
+    )
+    full = speculator_loss(_speculator(name), packed).metrics
+    for i in range(N_PREDICT):
+        assert result.metrics[f"head_{i}/outside_sum"] == outside[i]
+        assert result.metrics[f"head_{i}/correct_sum"] == correct[i]
+        # A token outside counts as a position, whose draft is a miss.
+        assert result.metrics[f"head_{i}/count"] == full[f"head_{i}/count"]
+        assert result.metrics[f"prefix_{i}/count"] == full[f"prefix_{i}/count"]
+    if head_loss_weights is None:
+        metrics = speculator_metrics({key: value.item() for key, value in result.metrics.items()}, N_PREDICT)
+        assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [{"ce": 1.0}, {"kl": 1.0}], ids=str)
+def test_draft_vocabulary_and_micro_batches(weights):
+    speculator, packed = _speculator("tiny_tied", DRAFT_IDS), _batch()
+    objective = Objective(weights)
+    batch = (packed.input_ids, packed.loss_mask, packed.cu_seqlens)
+    counts = count_loss_rows(speculator, objective, *batch)
+    assert torch.equal(counts, count_trained_positions(*batch[1:], N_PREDICT)) == ("ce" not in weights)
+    packed.lm_head_weight = TARGET_WEIGHT
+    whole = speculator_loss(speculator, packed, objective=objective)
+    parts = _split(packed, [0, 3, 7], counts)
+    for part in parts:
+        part.lm_head_weight = TARGET_WEIGHT
+    losses = [speculator_loss(speculator, part, objective=objective) for part in parts]
+    loss = losses[0].loss + losses[1].loss
+    torch.testing.assert_close(loss, whole.loss)
+    torch.testing.assert_close(_gradients(loss, speculator), _gradients(whole.loss, speculator))
+    for key, value in whole.metrics.items():
+        torch.testing.assert_close(losses[0].metrics[key] + losses[1].metrics[key], value)
+
+
+@pytest.mark.parametrize("name", SPECULATORS)
+@pytest.mark.parametrize("objective", [Objective(), Objective({"lk": 1.0}), Objective({"ce": 0.5, "kl": 0.5})], ids=str)
+def test_a_draft_vocabulary_of_all_tokens_changes_no_bit(name, objective):
+    packed = _batch()
+    packed.lm_head_weight = TARGET_WEIGHT
+    plain, reduced = _speculator(name), _speculator(name, list(range(VOCAB)))
+    reduced.load_state_dict({**plain.state_dict(), "d2t": reduced.d2t})
+    losses = [speculator_loss(speculator, packed, objective=objective) for speculator in (plain, reduced)]
+    assert losses[0].loss.item() == losses[1].loss.item()
+    gradients = [_gradients(result.loss, model) for result, model in zip(losses, (plain, reduced), strict=True)]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+    assert all(losses[1].metrics[key] == value for key, value in losses[0].metrics.items())

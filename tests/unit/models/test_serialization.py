@@ -216,14 +216,14 @@ class MappedSpeculator(MLPSpeculator):
 
     def __init__(self, config):
         super().__init__(config)
-        self.register_buffer("d2t", torch.arange(2**40, 2**40 + 37))
+        self.register_buffer("token_map", torch.arange(2**40, 2**40 + 37))
 
 
 def test_dtype_is_that_of_floating_point_tensors_only(tmp_path):
     MappedSpeculator(MappedConfig(input_hidden_dim=18, vocab_size=37, inner_dim=24)).save_pretrained(tmp_path)
     loaded = Speculator.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
-    assert torch.equal(loaded.d2t, torch.arange(2**40, 2**40 + 37))
+    assert torch.equal(loaded.token_map, torch.arange(2**40, 2**40 + 37))
 
 
 def test_subclass_checks_the_kind(saved):

@@ -184,3 +184,31 @@ def test_check_finds_what_the_engine_would_miss(damage, reason, make_speculator,
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(CheckpointError, match=reason):
         check_export(out, EXPORT_FORMATS["ibm"])
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "settings"),
+    [
+        ("ibm", "sum_rnn", {"tie_weights": False}),
+        ("arctic", "mlp", {}),
+        ("arctic", "sum_lstm", {"tie_lstm_embs": True}),
+    ],
+)
+def test_a_draft_vocabulary_becomes_a_full_one_that_drafts_the_same(
+    target, kind, settings, make_speculator, tmp_path
+) -> None:
+    speculator, folder = make_speculator(kind, draft_vocab_size=9, **settings)
+    speculator.set_draft_ids(torch.arange(1, VOCAB, 4))
+    speculator.save_pretrained(folder)
+    out = export_speculator(folder, tmp_path / "out", target, "LlamaForCausalLM")
+    values, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    assert "draft_vocab_size" not in values
+    assert not any(name.endswith("d2t") for name in tensors)
+    full = Speculator.from_pretrained(out)
+    expected, found = logits(speculator), logits(full)
+    drafted = expected.isfinite()
+    torch.testing.assert_close(found[drafted], expected[drafted])
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    mean = expected.masked_fill(~drafted, 0).sum(-1, keepdim=True) / 9
+    torch.testing.assert_close(found[~drafted], mean.expand_as(found)[~drafted], rtol=1e-4, atol=1e-4)
+    assert "d2t" in load_file(export_speculator(folder, tmp_path / "hub", "hf") / "model.safetensors")

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
 from verl_speculator.base_model.files import BaseSizes, check_base_files
 from verl_speculator.checkpoint.layout import check_intact, find_resume_path
-from verl_speculator.data.chats import check_chat_file, check_file, resolve_files
+from verl_speculator.data.chats import check_file, check_training_file, resolve_files
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.trainer.config.compose import engine_name
 from verl_speculator.trainer.config.megatron import check_layout, check_packages
@@ -93,7 +93,7 @@ def _count_rows(data: DictConfig, name: str, limit: int) -> float:
         for file in files:
             check_file(file, key)
         return math.inf
-    rows = sum(check_chat_file(file, data.messages_key, key) for file in files)
+    rows = sum(check_training_file(file, data.messages_key, key) for file in files)
     return min(rows, limit) if limit > 0 else rows
 
 

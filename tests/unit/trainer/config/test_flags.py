@@ -82,8 +82,8 @@ def test_each_option_is_a_setting(settings) -> None:
             "--speculator-type eagle3 --num-layers 2 --draft-vocab-size 8192 --ttt-steps 4 --no-norm-before-fc "
             "--fc-norm --target-layer-ids 1 2 3 --draft-vocab-path /data/t2d.npy",
             "model.speculator_type=eagle3 +model.speculator.num_layers=2 +model.speculator.ttt_steps=4 "
-            "+model.speculator.target_layer_ids=[1,2,3] +model.speculator.draft_vocab_size=8192 "
-            "+model.speculator.draft_vocab_path=/data/t2d.npy +model.speculator.norm_before_fc=false "
+            "+model.speculator.target_layer_ids=[1,2,3] model.speculator.draft_vocab_size=8192 "
+            "model.speculator.draft_vocab_path=/data/t2d.npy +model.speculator.norm_before_fc=false "
             "+model.speculator.fc_norm=true",
         ),
         (
