@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from verl_speculator.data.preparation import Form, LeftOut, to_chats, write_chats
-from verl_speculator.data.sources import read_source
 from verl_speculator.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from verl_speculator.data.preparation import Form
 
 PURPOSE = "make training data of chats in any form"
 DESCRIPTION = """\
@@ -50,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from verl_speculator.data.preparation import Form
+
     form = Form(args.messages_key, args.prompt_key, args.response_key, args.system_key, args.unanswered)
     output = args.output.expanduser()
     is_file = output.suffix.lower() == ".parquet"
@@ -81,6 +85,9 @@ def _write(
     test: Path | None,
     fraction: float,
 ) -> None:
+    from verl_speculator.data.preparation import LeftOut, to_chats, write_chats
+    from verl_speculator.data.sources import read_source
+
     left_out = LeftOut()
     rows = chain.from_iterable(read_source(source, split, args.subset) for source in sources)
     chats = to_chats(islice(rows, args.limit), form, left_out, strict=args.strict)
