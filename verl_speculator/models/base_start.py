@@ -18,7 +18,7 @@ class BaseRows:
         rows = matrix.detach().float()
         self._rows = rows - rows.mean(dim=0)
 
-    def fit(self, width: int, generator: torch.Generator) -> Tensor:
+    def fit(self, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The rows in `width` dimensions: themselves where that is H, else the closest that there are.
 
         These are by the leading singular vectors: of all matrices of that rank the closest (Eckart and Young 1936). A
@@ -26,18 +26,26 @@ class BaseRows:
         but the first column.
 
         Returns:
-            [V, width], float32, with a root mean square of 1.
+            The fitted rows [V, width], and the matrix [width, H] that brings vectors of the base to those dimensions:
+            both float32, with a root mean square of 1.
         """
         rows = self._rows
-        if width != rows.shape[1]:
+        if width == rows.shape[1]:
+            to_width = torch.eye(width, device=rows.device)
+        else:
             axes = self._axes[:, -width:]
             gaussian = torch.randn(width, axes.shape[1], generator=generator, dtype=torch.float64)
             # With orthonormal columns: where `width` is above H no row changes its length or its angles.
             rotation = torch.linalg.qr(gaussian).Q.to(axes.device)
-            rows = rows @ (axes @ rotation.T).float()
-        return rows / rows.square().mean().sqrt()
+            to_width = (rotation @ axes.T).float()
+            rows = rows @ to_width.T
+        return _of_size_one(rows), _of_size_one(to_width)
 
     @cached_property
     def _axes(self) -> Tensor:
         """The right singular vectors [H, H], the leading ones last, from the small matrix of the columns' products."""
         return torch.linalg.eigh((self._rows.T @ self._rows).double()).eigenvectors
+
+
+def _of_size_one(matrix: Tensor) -> Tensor:
+    return matrix / matrix.square().mean().sqrt()

@@ -10,6 +10,7 @@ through `unroll`, the one loop over the heads.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,12 +88,15 @@ class ChainSpeculatorConfig(SpeculatorConfig):
             require_bool(getattr(self, name), name)
 
     def to_dict(self) -> dict[str, Any]:
+        common = {one.name for one in dataclasses.fields(ChainSpeculatorConfig)}
+        own = {one.name for one in dataclasses.fields(self) if one.init} - common
         return {
             **self.common_values(),
             "n_candidates": self.n_predict,
             "top_k_tokens_per_head": [1] * self.n_predict,
             "scale_input": self.scale_input,
             "tie_weights": self.tie_weights,
+            **{name: getattr(self, name) for name in sorted(own)},
             # Absent where there is none, for engines that know no such thing.
             **({} if self.draft_vocab_size is None else {"draft_vocab_size": self.draft_vocab_size}),
         }
@@ -158,6 +162,8 @@ class ChainSpeculator(DraftVocabulary, Speculator):
     def start_from_base(self, embed_tokens: Tensor, lm_head: Tensor, generator: torch.Generator) -> None:
         """Fill token embeddings and vocabulary matrices from the base's, as large as fresh weights are drawn.
 
+        Where `first_projection` gives one, it brings hidden states to the dimensions of the first vocabulary matrix.
+
         Args:
             embed_tokens: The base's [V, any width].
             lm_head: The base's [V, any width]; of these rows those that can be drafted are taken.
@@ -166,14 +172,21 @@ class ChainSpeculator(DraftVocabulary, Speculator):
         ids = self.draft_ids
         rows = BaseRows(lm_head if ids is None else lm_head[ids.to(lm_head.device)])
         for i in range(len(self.head)):
-            weight = self.head_weight(i)
-            weight.copy_(rows.fit(weight.shape[1], generator) * self.init_std(weight))
+            weight, projection = self.head_weight(i), self.first_projection()
+            fitted, to_width = rows.fit(weight.shape[1], generator)
+            weight.copy_(fitted * self.init_std(weight))
+            if i == 0 and projection is not None and projection.shape == to_width.shape:
+                projection.copy_(to_width * self.init_std(projection))
         rows = BaseRows(embed_tokens)
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding) and module.num_embeddings == self.config.vocab_size:
                 # Piece by piece: of fused tables each is one.
                 for table in self.file_views({f"{name}.weight": module.weight}).values():
-                    table.copy_(rows.fit(table.shape[1], generator) * self.init_std(table))
+                    table.copy_(rows.fit(table.shape[1], generator)[0] * self.init_std(table))
+
+    def first_projection(self) -> Tensor | None:
+        """The weight [D, H], or part of one, by which the first output follows most directly from hidden states."""
+        return None
 
     def embed_all(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """`embed` of each head's tokens, where all are known.

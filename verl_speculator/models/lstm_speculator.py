@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -65,10 +65,6 @@ class ArcticLSTMSpeculatorConfig(ChainSpeculatorConfig):
     @property
     def proj_widths(self) -> tuple[int, ...]:
         return parse_width(self.proj_dim, "proj_dim")
-
-    def to_dict(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in (*WIDTH_FIELDS, "method", "tie_lstm_embs")}
-        return {**super().to_dict(), **own}
 
 
 @Speculator.register("lstm")
@@ -133,6 +129,15 @@ class ArcticLSTMSpeculator(ChainSpeculator):
         cell = state[1] * forget + candidate * write
         output = self.state_bridge[0](F.gelu(self.state_ln[0](cell)) * read)
         return (output, cell), output
+
+    def first_projection(self) -> torch.Tensor | None:
+        config = self.config
+        if len({*config.emb_widths, *config.proj_widths, *config.inner_widths}) > 1 or len(config.proj_widths) > 1:
+            return None
+        if self.is_lstm:
+            # Of the gates, the one whose content is not squashed into a factor.
+            return self.get_parameter("proj.0.weight").chunk(len(GATES))[GATES.index("cell")]
+        return self.get_parameter("proj.0.0.weight")
 
     def init_std(self, weight: torch.Tensor) -> float:
         return 1 / math.sqrt(min(weight.shape))

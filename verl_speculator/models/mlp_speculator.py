@@ -43,7 +43,7 @@ class MLPSpeculatorConfig(ChainSpeculatorConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        return values | {"emb_dim": values.pop("input_hidden_dim"), "inner_dim": self.inner_dim}
+        return values | {"emb_dim": values.pop("input_hidden_dim")}
 
     @classmethod
     def _fields_from_file(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,6 +86,9 @@ class MLPSpeculator(ChainSpeculator):
         mixed = torch.add(for_head(self.proj, head_index)(hidden), embedded, alpha=self.embedding_scale)
         output = F.gelu(for_head(self.ln, head_index)(mixed))
         return (output,), output
+
+    def first_projection(self) -> torch.Tensor:
+        return self.get_parameter("proj.0.weight")
 
     def init_std(self, weight: torch.Tensor) -> float:
         return 1 / math.sqrt(self.config.inner_dim)

@@ -37,8 +37,11 @@ def _distances(rows: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("width", [1, 5, 12])
 def test_a_narrow_fit_is_the_closest_of_its_rank(width):
     base = _base(0)
-    fitted = BaseRows(base).fit(width, _generator())
+    fitted, to_width = BaseRows(base).fit(width, _generator())
     centred = (base - base.mean(0)).double()
+    # What it does to rows it does to any vector: up to its size.
+    turned = centred.float() @ to_width.T
+    torch.testing.assert_close(turned / turned.norm(), fitted / fitted.norm(), rtol=1e-4, atol=1e-5)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     closest = u[:, :width] * s[:width]
     torch.testing.assert_close(_distances(fitted), _distances(closest), rtol=1e-4, atol=1e-6)
@@ -50,14 +53,15 @@ def test_a_narrow_fit_is_the_closest_of_its_rank(width):
 @pytest.mark.parametrize("width", [HIDDEN, 25])
 def test_a_wide_one_loses_nothing(width):
     base = _base(0)
-    fitted = BaseRows(base).fit(width, _generator())
+    fitted, _ = BaseRows(base).fit(width, _generator())
     torch.testing.assert_close(_distances(fitted), _distances(base), rtol=1e-4, atol=1e-6)
 
 
 def test_where_widths_agree_rows_are_the_bases():
     base = _base(0)
     centred = base - base.mean(0)
-    fitted = BaseRows(base.bfloat16()).fit(HIDDEN, _generator())
+    fitted, to_width = BaseRows(base.bfloat16()).fit(HIDDEN, _generator())
+    assert torch.equal(to_width / to_width[0, 0], torch.eye(HIDDEN))
     torch.testing.assert_close(fitted, centred / centred.square().mean().sqrt(), rtol=0.05, atol=0.02)
 
 
@@ -66,6 +70,8 @@ def _speculators():
     yield "mlp", MLPSpeculator(MLPSpeculatorConfig(**SIZES, inner_dim=12))
     yield "mlp_untied", MLPSpeculator(MLPSpeculatorConfig(**SIZES, inner_dim=12, tie_weights=False))
     yield "sum_rnn", ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**SIZES, **widths))
+    alike = dict.fromkeys(widths, 12)
+    yield "sum_lstm_alike", ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**SIZES, **alike, method="sum_lstm"))
     yield "sum_lstm", ArcticLSTMSpeculator(ArcticLSTMSpeculatorConfig(**SIZES, **widths, method="sum_lstm"))
     drafts = MLPSpeculator(MLPSpeculatorConfig(**SIZES, inner_dim=12, draft_vocab_size=20))
     drafts.set_draft_ids(torch.arange(1, VOCAB, 3))
@@ -82,9 +88,18 @@ def test_tables_of_a_speculator(name, speculator: Speculator):
     speculator.start_from_base(embed_tokens, lm_head, _generator())
     started = speculator.export_state_dict()
     tables = {key for key in started if started[key].dim() == 2 and len(started[key]) in (VOCAB, 20)}
+    first = {"sum_rnn": set(), "sum_lstm": set(), "sum_lstm_alike": {"cell_proj.0.weight"}}.get(name, {"proj.0.weight"})
+    of_head = lm_head if speculator.draft_ids is None else lm_head[speculator.draft_ids]
     assert any("emb" in key for key in tables)
     assert any("head" in key for key in tables)
     for key, tensor in started.items():
+        if key in first:
+            # Head 0 sees of the hidden state what its vocabulary matrix can tell apart.
+            head = started["head.0.weight"]
+            centred = of_head - of_head.mean(0)
+            seen = centred @ tensor.T
+            torch.testing.assert_close(seen / seen.norm(), head / head.norm(), rtol=1e-3, atol=1e-5)
+            continue
         if key not in tables:
             assert torch.equal(tensor, fresh[key]), key
             continue
@@ -93,9 +108,9 @@ def test_tables_of_a_speculator(name, speculator: Speculator):
         of_base = embed_tokens if "emb" in key else lm_head
         if len(tensor) == 20:
             of_base = of_base[speculator.draft_ids]
-        expected = BaseRows(of_base).fit(tensor.shape[1], _generator())
+        expected, _ = BaseRows(of_base).fit(tensor.shape[1], _generator())
         torch.testing.assert_close(_distances(tensor), _distances(expected), rtol=1e-3, atol=1e-5)
-    if name == "sum_lstm":
+    if name.startswith("sum_lstm"):
         gates = [started[f"{gate}_emb.0.weight"] for gate in ("forget", "input", "output", "cell")]
         assert not torch.allclose(gates[0], gates[3]), "gates that all read the same would learn the same"
 
