@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -43,9 +42,6 @@ class GatedSpeculatorConfig(ChainSpeculatorConfig):
             raise ConfigError(f"gate_bias must be a number, not {self.gate_bias!r}.")
         if not self.tie_weights:
             raise ConfigError("tie_weights must be true: this speculator has one set of weights for all heads.")
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "inner_dim": self.inner_dim, "gate_bias": self.gate_bias}
 
 
 @register_speculator(GatedSpeculatorConfig)

@@ -1,4 +1,6 @@
-"""EAGLE-3 in a vLLM that knows nothing of this package (`VLLM_PLUGINS=""`), or with our plugin in it.
+"""EAGLE-3 and DFlash in a vLLM that knows nothing of this package (`VLLM_PLUGINS=""`), or with our plugin in it.
+
+Medusa of docs/adding_an_algorithm.md too, where our plugin is.
 
 usage: eagle3_serving.py world FOLDER            writes base, speculators trained on its text, prompts and our decoding
        eagle3_serving.py serve FOLDER OUTPUT     writes what vLLM says without and with each speculator
@@ -8,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,9 +23,11 @@ SPECULATORS = {
         "norm_before_residual": False, "norm_before_fc": False, "norm_output": False, "num_layers": 2,
     },
     "eagle3_qwen3": {"draft_arch": "qwen3", "norm_before_fc": False, "fc_norm": True},
+    "dflash_draft_vocab": {"num_layers": 2, "block_size": 4, "mask_token_id": 0},
 }  # fmt: skip
 TRAINING_STEPS = 70
 NEW_TOKENS = 60
+PAGE = Path(__file__).parents[2] / "docs" / "adding_an_algorithm.md"
 
 
 def write_world(folder: Path) -> None:
@@ -29,8 +35,10 @@ def write_world(folder: Path) -> None:
 
     from tests.integration.serving_world import make_prompts, padded
     from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer
-    from verl_speculator.algorithms.eagle3 import Eagle3Speculator
     from verl_speculator.decoding import generate, speculative_generate
+    from verl_speculator.losses import PackedHiddenStates, speculator_loss
+    from verl_speculator.models import Speculator
+    from verl_speculator.models.importing import import_code
 
     torch.set_num_threads(1)
     torch.manual_seed(5)
@@ -66,8 +74,8 @@ def write_world(folder: Path) -> None:
     tokens: list[list[int]] = []
     for name, settings in SPECULATORS.items():
         # Most of what is said, but not all.
-        vocabulary = {"t2d": said > 1} if name == "eagle3_draft_vocab" else {}
-        speculator = Eagle3Speculator.from_training_args(
+        vocabulary = {"t2d": said > 1} if name.endswith("draft_vocab") else {}
+        speculator = Speculator.get_class(name.partition("_")[0]).from_training_args(
             base.config, target_layer_ids=layer_ids, verifier_name_or_path=str(folder / "base"),
             verifier_architectures=["LlamaForCausalLM"], **settings, **vocabulary,
         )  # fmt: skip
@@ -80,6 +88,25 @@ def write_world(folder: Path) -> None:
         speculator.save_pretrained(folder / name)
         result = speculative_generate(base, speculator.eval(), *padded(prompts), max_new_tokens=NEW_TOKENS)
         tokens, counts[name] = result.tokens, dataclasses.asdict(result.counts)
+
+    (folder / "medusa.py").write_text(re.search("```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1])
+    config_class = import_code(str(folder / "medusa.py"), "--import").MedusaConfig
+    medusa = Speculator.from_config(config_class(input_hidden_dim=64, vocab_size=VOCAB_SIZE, n_predict=3))
+    packed = PackedHiddenStates(
+        hidden_states=batch["verifier_last_hidden_states"][0],
+        input_ids=batch["input_ids"][0],
+        loss_mask=batch["loss_mask"][0],
+        cu_seqlens=torch.tensor([0, *map(len, rows)]).cumsum(0),
+    )
+    optimizer = torch.optim.AdamW(medusa.parameters(), lr=5e-3)
+    for _ in range(TRAINING_STEPS):
+        optimizer.zero_grad()
+        speculator_loss(medusa, packed).loss.backward()
+        optimizer.step()
+    medusa.save_pretrained(folder / "medusa")
+    result = speculative_generate(base, medusa.eval(), *padded(prompts), max_new_tokens=NEW_TOKENS)
+    assert result.tokens == tokens
+    counts["medusa"] = dataclasses.asdict(result.counts)
     (folder / "prompts.json").write_text(json.dumps(prompts))
     (folder / "reference.json").write_text(json.dumps({"tokens": tokens, "counts": counts}))
 
@@ -90,12 +117,17 @@ def serve(folder: Path) -> dict:
     prompts = json.loads((folder / "prompts.json").read_text())
     requests = [(ids, {"max_tokens": NEW_TOKENS, "ignore_eos": True}) for ids in prompts]
     report = {}
-    speculative_settings = {"method": "eagle3", "num_speculative_tokens": 3}
     # Prompts go in at once: where one is cut into chunks, vLLM 0.28 hands the drafter the prompt's last token in place
     # of the one that follows the chunk, and then drafts otherwise than we do. What it says must not change by that.
-    engines = {name: (folder / name, 512, speculative_settings) for name in SPECULATORS}
-    chunked = (folder / "eagle3", 32, speculative_settings)
-    for name, (source, chunk, settings) in {"None": (None, 512, {}), **engines, "chunked": chunked}.items():
+    engines = {
+        name: (folder / name, 512, {"method": name.partition("_")[0], "num_speculative_tokens": 3})
+        for name in SPECULATORS
+    }
+    chunked = (folder / "eagle3", 32, {"method": "eagle3", "num_speculative_tokens": 3})
+    engines = {"None": (None, 512, {}), **engines, "chunked": chunked}
+    if os.environ.get("VERL_SPECULATOR_IMPORT"):
+        engines["medusa"] = (folder / "medusa", 512, {"num_speculative_tokens": 3})
+    for name, (source, chunk, settings) in engines.items():
         engine = Engine(folder, source, chunk, **settings)
         answers = [answer["tokens"] for answer in engine.generate(requests)]
         speculative = engine.llm.llm_engine.vllm_config.speculative_config

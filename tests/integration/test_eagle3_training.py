@@ -1,7 +1,9 @@
-"""EAGLE-3 through the whole trainer: built from its base, trained, saved, resumed, started from and evaluated."""
+"""EAGLE-3, DFlash and the page's Medusa through the whole trainer: built, trained, saved, resumed, evaluated."""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.conftest import own_stderr, run_process
+from tests.integration.conftest import REPOSITORY, own_stderr, run_process
 from tests.integration.test_training import Runs
 from tests.support.tiny import VOCAB_SIZE
+from verl_speculator import cli
 from verl_speculator.algorithms.eagle3 import Eagle3Speculator
 from verl_speculator.models import Speculator
 
@@ -40,10 +43,31 @@ def overrides(runs: Runs, name: str, *more: str) -> list[str]:
     ]
 
 
+def common(runs: Runs, name: str) -> str:
+    return (
+        f"--verifier-name-or-path {runs.base} --data-path {runs.folder / 'train.parquet'} --lr 1e-2 --batch-size 12 "
+        f"--val-data-path {runs.folder / 'val.parquet'} --val-freq {STEPS} --save-path {runs.folder / name} "
+        f"--max-steps {STEPS} data.num_workers=0"
+    )
+
+
+def by_options(options: str) -> list[str]:
+    """The settings with which `verl-speculator train` starts its processes."""
+    found: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("verl_speculator.trainer.launch.launch", lambda overrides, **_: found.append(overrides))
+        assert cli.main(["train", *options.split()]) == 0
+    return found[0]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, torchrun) -> Runs:
     made = Runs(tmp_path_factory.mktemp("training"), torchrun)
     np.save(made.folder / "t2d.npy", T2D)
+    page = (REPOSITORY / "docs" / "adding_an_algorithm.md").read_text()
+    code = re.search("```python\n(.*?)```", page, re.DOTALL)[1]
+    assert len(code.splitlines()) <= 100
+    (made.folder / "medusa.py").write_text(code)
     return made
 
 
@@ -55,6 +79,13 @@ def launched(runs) -> dict[str, dict[int, dict[str, float]]]:
         "stopped": overrides(runs, "stopped", "trainer.total_training_steps=3"),
         "resumed": overrides(runs, "stopped"),
         "evaluated": overrides(runs, "evaluated", trained, "trainer.val_only=true"),
+        "dflash": by_options(
+            "--speculator-type dflash --num-layers 1 --block-size 4 --target-layer-ids 0 2 --anchor-fraction 0.5 "
+            f"--draft-vocab-size 64 {common(runs, 'dflash')}"
+        ),
+        "medusa": by_options(
+            f"--import {runs.folder / 'medusa.py'} --speculator-type medusa --n-predict 3 {common(runs, 'medusa')}"
+        ),
     }
     return dict(zip(table, runs.run(2, *table.values()), strict=True))
 
@@ -90,6 +121,23 @@ def test_the_options_of_the_command_give_the_same_run(launched, runs) -> None:
     assert by_options.keys() == by_settings.keys()
     for name, tensor in by_settings.items():
         assert torch.equal(tensor, by_options[name]), name
+
+
+@pytest.mark.parametrize("name", ["dflash", "medusa"])
+def test_others_learn_too(name, launched, runs, verl_speculator) -> None:
+    steps = launched[name]
+    assert steps[STEPS]["train/loss"] < steps[1]["train/loss"]
+    assert steps[STEPS]["val/acceptance_length"] >= 1
+    result = verl_speculator(
+        "eval", "--import", str(runs.folder / "medusa.py"), "--base", str(runs.base), "--limit", "6", "--json", "-",
+        "--max-new-tokens", "12", "--speculator", str(folder(runs, name).parent), "--data",
+        str(runs.folder / "val.parquet"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    (speculator,) = json.loads(result.stdout)["speculators"]
+    assert speculator["identical_outputs"]
+    saved = json.loads((folder(runs, name) / "config.json").read_text())
+    assert saved["speculators_model_type"] == name
 
 
 def test_what_is_the_bases_stays_the_bases(launched, runs) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.integration.conftest import run_process
-from tests.support.tiny import VOCAB_SIZE, tiny_tokenizer, write_base_model, write_chats
+from tests.support.tiny import VOCAB_SIZE, write_base_model, write_chats
 from verl_speculator.checkpoint import layout
 from verl_speculator.data.rendering import render_chat
 from verl_speculator.data.token_rows import tokenizer_fingerprint
@@ -60,7 +60,7 @@ class Runs:
 
     def _write_mixed(self) -> None:
         """The training data again: one half as tokens, the other as chats."""
-        tokenizer = tiny_tokenizer()
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
         chats = pq.read_table(self.folder / "train.parquet")
         pq.write_table(chats.slice(36), self.folder / "chats.parquet")
         rendered = [render_chat(tokenizer, chat, "") for chat in chats["messages"].to_pylist()[:36]]
@@ -142,9 +142,10 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
     cut_otherwise = "data.max_token_len_per_gpu=512"
 
     def eagle3(name: str, *more: str) -> list[str]:
+        layers = "+model.speculator.target_layer_ids=[0,1,2]"
         settings = ["model.speculator_type=eagle3", "data.max_length=512", "trainer.total_training_steps=2", *more]
         # The shared ones are of heads.
-        return [text for text in runs.overrides(name, *settings) if not text.startswith("model.speculator.")]
+        return [*(text for text in runs.overrides(name, *settings) if not text.startswith("model.speculator.")), layers]
 
     mixed = f"data.train_files=[{runs.folder / 'tokens.parquet'},{runs.folder / 'chats.parquet'}]"
     table = {

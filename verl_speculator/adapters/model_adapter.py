@@ -1,6 +1,6 @@
 """The adapter of every registered model that is no chain of heads: it calls the model, which knows how it is trained.
 
-docs/training.md has the contract: `from_training_args`, `get_trainer_kwargs`, `forward`, `target_layer_ids`,
+docs/adding_an_algorithm.md has the contract: `from_training_args`, `get_trainer_kwargs`, `forward`, `target_layer_ids`,
 and the methods that a model may have beside them.
 """
 

@@ -31,8 +31,14 @@ SHARED_DEFAULTS: Mapping[str, Any] = {
     "draft_vocab_path": None,
     "init_from_base": "auto",
 }
-# Fields of a speculator's configuration that come from the base model.
-_BASE_FIELDS = ("input_hidden_dim", "vocab_size", "base_model_name_or_path", "base_model_archs")
+# Fields of a speculator's configuration that a user does not set: they come from the base model, or say what it is.
+_BASE_FIELDS = (
+    "speculators_model_type",
+    "input_hidden_dim",
+    "vocab_size",
+    "base_model_name_or_path",
+    "base_model_archs",
+)
 
 
 def config_settings(config_class: type[SpeculatorConfig]) -> list[str]:

@@ -51,9 +51,14 @@ def import_all(names: Sequence[str]) -> None:
         import_code(name, "--import")
 
 
-def add_decoding_arguments(group: Any, *, max_new_tokens: int, batch_size: int) -> None:
+def add_decoding_arguments(group: Any, *, max_new_tokens: int, batch_size: int | None) -> None:
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="of an answer (default: %(default)s)")
-    group.add_argument("--batch-size", type=int, default=batch_size, help="prompts at once (default: %(default)s)")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=batch_size,
+        help=f"prompts at once (default: {batch_size or 'what the engine has use for'})",
+    )
     group.add_argument(
         "--temperature", type=float, default=_DEFAULTS.temperature, help="0 is greedy (default: %(default)s)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -24,8 +25,13 @@ in the data: trained on the base's own answers it drafts longer.
 
   verl-speculator regenerate --base BASE --data train.parquet --output answers.parquet
 
-A run that was stopped goes on where it stood when it is started again.
+Answers are kept as the tokens that the base wrote, which training takes as they are. A run that was stopped goes on
+where it stood when it is started again, also with another backend.
 """
+
+# Prompts at once that an engine can make use of.
+_BATCH_SIZES = {"vllm": 256, "hf": 32}
+_ENDPOINT_REQUESTS = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,22 +50,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="a chat that does not fit into the base's context is an error"
     )
-    add_decoding_arguments(parser, max_new_tokens=1024, batch_size=32)
+    engine = parser.add_argument_group("what answers")
+    engine.add_argument(
+        "--backend", choices=_BATCH_SIZES, help="default: vllm where it is installed, else hf, which is transformers"
+    )
+    engine.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help="a server of the base with OpenAI's interface that returns token ids, such as `vllm serve`; its key is "
+        "read from OPENAI_API_KEY",
+    )
+    engine.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs of an engine of vLLM's")
+    engine.add_argument(
+        "--num-engines",
+        type=int,
+        metavar="N",
+        help="engines that share the chats out (default: with vllm one for all GPUs, or so many of them, each; with "
+        "RAY_ADDRESS those of the cluster)",
+    )
+    add_decoding_arguments(parser, max_new_tokens=1024, batch_size=None)
     add_load_arguments(parser.add_argument_group("how to load the base"))
 
 
 def run(args: argparse.Namespace) -> None:
     from verl_speculator.evaluation.preflight import check_input
 
+    backend = args.backend or ("vllm" if importlib.util.find_spec("vllm") else "hf")
+    if args.batch_size is None:
+        args.batch_size = _ENDPOINT_REQUESTS if args.endpoint else _BATCH_SIZES[backend]
     given = EvaluationInput(args.base, (), tuple(args.data), args.chat_template)
     # Most flags are those of an evaluation, and mean the same.
     settings = settings_of(args)
     if args.num_samples < 1:
         raise ConfigError(f"--num-samples must be at least 1, got {args.num_samples}")
+    if args.backend and args.endpoint:
+        raise ConfigError("give --backend or --endpoint, not both: the server has an engine of its own")
+    if args.backend == "vllm" and not importlib.util.find_spec("vllm"):
+        raise ConfigError("--backend vllm needs vLLM: pip install 'verl_speculator[vllm]', or take --backend hf")
+    of_hf = [f"--{name.replace('_', '-')}" for name in ("device", "device_map", "attn_implementation")]
+    given_of_hf = [flag for flag in of_hf if getattr(args, flag[2:].replace("-", "_")) not in (None, "auto")]
+    if given_of_hf and (args.endpoint or backend != "hf"):
+        raise ConfigError(f"{given_of_hf[0]} is for --backend hf: give that too, or leave it out")
     if not args.output.absolute().parent.is_dir():
         raise ConfigError(f"--output: there is no folder {str(args.output.absolute().parent)!r} to write into")
     check_input(given, settings)
-    written = _answer(args, given, settings)
+    written = _answer(args, backend, given, settings)
     cut = f", {written.num_cut} of them cut at --max-new-tokens={args.max_new_tokens}" if written.num_cut else ""
     print(f"{args.output}: {written.num_answers} answers{cut}; {written.num_tokens} tokens in {written.num_rows} rows")
     if written.num_too_long:
@@ -69,17 +104,12 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
-def _answer(args: argparse.Namespace, given: EvaluationInput, settings: EvaluationSettings) -> Any:
+def _answer(args: argparse.Namespace, backend: str, given: EvaluationInput, settings: EvaluationSettings) -> Any:
     from tqdm import tqdm
 
-    from verl_speculator.base_model.loading import (
-        explain_out_of_memory,
-        load_target,
-        load_tokenizer_and_config,
-        pick_device,
-    )
-    from verl_speculator.data.backends import HuggingFaceBackend
-    from verl_speculator.data.regeneration import AnsweringBase, Progress, RegenerationSettings, answer, regenerate
+    from verl_speculator.base_model.loading import explain_out_of_memory, load_tokenizer_and_config, pick_device
+    from verl_speculator.data.engines import EngineSettings, answer_with
+    from verl_speculator.data.regeneration import AnsweringBase, Progress, RegenerationSettings, regenerate
     from verl_speculator.decoding import SamplingParams
 
     regeneration = RegenerationSettings(
@@ -92,30 +122,26 @@ def _answer(args: argparse.Namespace, given: EvaluationInput, settings: Evaluati
         template_options=args.chat_template_kwargs,
         strict=args.strict,
     )
+    engines = EngineSettings(backend, args.endpoint, args.num_engines, args.tensor_parallel_size)
     pick_device(args.device)  # one that is not there is said before anything is read
     tokenizer, config = load_tokenizer_and_config(given.base, settings, given.chat_template)
-    with explain_out_of_memory("loading the base model", "use --dtype bfloat16 or a larger device"):
-        target = load_target(given.base, settings, tokenizer)
-    backend = HuggingFaceBackend(
-        target.model,
-        tokenizer,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        sampling=regeneration.sampling,
-    )
     base = AnsweringBase(given.base, getattr(config, "_commit_hash", None) or settings.revision)
-    start = time.monotonic()
+    start = None
     with tqdm(desc="Answering", unit="chat") as bar, explain_out_of_memory("answering", settings.memory_advice):
 
         def report(progress: Progress) -> None:
-            bar.total, bar.initial = progress.total, progress.done_before
+            nonlocal start
+            if start is None:
+                bar.reset(total=progress.total)
+                bar.initial = bar.n = progress.done_before
+                start = time.monotonic()
             speed = progress.num_tokens / max(time.monotonic() - start, 1e-9)
             bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
             bar.update(progress.done - bar.n)
 
         return regenerate(
-            lambda conversations: answer(backend, tokenizer, conversations, regeneration),
-            backend.name,
+            answer_with(engines, given.base, settings, tokenizer, regeneration),
+            engines.name,
             base,
             tokenizer,
             given.data,

@@ -12,6 +12,9 @@ from verl_speculator.data.chats import Chat, Message
 from verl_speculator.data.rendering import apply_template
 from verl_speculator.errors import DataError
 
+# Some tokenizers tidy up the spaces before punctuation unless told not to.
+_AS_IT_IS = {"clean_up_tokenization_spaces": False}
+
 
 @dataclass
 class Conversation:
@@ -93,12 +96,13 @@ class Conversation:
 
     def take(self, tokens: Sequence[int], tokenizer: Any, stop_tokens: Collection[int]) -> None:
         """The target's answer to the last prompt, with the token that ended it, if one did."""
-        before = tokenizer.decode(self._input_ids)
+        before = tokenizer.decode(self._input_ids, **_AS_IT_IS)
         self._input_ids = [*self._input_ids, *tokens]
         self._loss_mask += [1] * len(tokens)
         # Not of the answer alone: some tokenizers then drop the space before its first word.
-        self._text += tokenizer.decode(self._input_ids)[len(before) :]
-        self.said.append({"role": "assistant", "content": tokenizer.decode(tokens, skip_special_tokens=True)})
+        self._text += tokenizer.decode(self._input_ids, **_AS_IT_IS)[len(before) :]
+        content = tokenizer.decode(tokens, skip_special_tokens=True, **_AS_IT_IS)
+        self.said.append({"role": "assistant", "content": content})
         self.num_answers += 1
         self.num_tokens += len(tokens)
         self.num_cut += tokens[-1] not in stop_tokens

@@ -143,9 +143,11 @@ def regenerate(
         waiting.sort(key=lambda one: -sum(len(str(turn.get("content"))) for turn in one.asked[0]))
         done = done_before = len(conversations) - len(waiting)
         num_tokens = 0
+        answered = answer_all(waiting)
+        # Only now that a model is loaded, for the time that is left.
         report(Progress(done, done_before, len(conversations), num_tokens))
         name_of = {(row, sample): (row, sample, digest) for row, sample, digest in names}
-        for one in answer_all(waiting):
+        for one in answered:
             finished.add(name_of[one.row, one.sample], one, backend)
             done, num_tokens = done + 1, num_tokens + one.num_tokens
             report(Progress(done, done_before, len(conversations), num_tokens))

@@ -10,6 +10,7 @@ through `unroll`, the one loop over the heads.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,12 +88,15 @@ class ChainSpeculatorConfig(SpeculatorConfig):
             require_bool(getattr(self, name), name)
 
     def to_dict(self) -> dict[str, Any]:
+        common = {one.name for one in dataclasses.fields(ChainSpeculatorConfig)}
+        own = {one.name for one in dataclasses.fields(self) if one.init} - common
         return {
             **self.common_values(),
             "n_candidates": self.n_predict,
             "top_k_tokens_per_head": [1] * self.n_predict,
             "scale_input": self.scale_input,
             "tie_weights": self.tie_weights,
+            **{name: getattr(self, name) for name in sorted(own)},
             # Absent where there is none, for engines that know no such thing.
             **({} if self.draft_vocab_size is None else {"draft_vocab_size": self.draft_vocab_size}),
         }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import os
+import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,8 +29,8 @@ MAX_VOCAB_SIZE = 2**24
 
 _CONFIG_CLASSES: dict[str, type[SpeculatorConfig]] = {}
 _BY_NAME: dict[str, type[SpeculatorConfig]] = {}
-# Loaded when they are asked for: they need more than torch.
-_OWN_MODULES = {"eagle3": "verl_speculator.algorithms.eagle3"}
+# A folder in it is an algorithm of that name, loaded when it is asked for: it needs more than torch.
+_OWN = "verl_speculator.algorithms"
 ENTRY_POINTS = "verl_speculator.algorithms"
 
 
@@ -288,8 +290,8 @@ def config_class_named(name: str) -> type[SpeculatorConfig]:
         ConfigError: Nothing is registered under that name; or the entry point's module fails or registers nothing.
     """
     if name not in _BY_NAME:
-        if name in _OWN_MODULES:
-            importlib.import_module(_OWN_MODULES[name])
+        if name in _own_algorithms():
+            importlib.import_module(f"{_OWN}.{name}")
         for entry_point in entry_points(group=ENTRY_POINTS, name=name):
             where = f"the entry point {entry_point.name} = {entry_point.value} of the group {ENTRY_POINTS}"
             try:
@@ -310,4 +312,10 @@ def config_class_named(name: str) -> type[SpeculatorConfig]:
 
 def algorithm_names() -> list[str]:
     """The algorithms that `config_class_named` finds."""
-    return sorted({*_BY_NAME, *_OWN_MODULES, *entry_points(group=ENTRY_POINTS).names})
+    return sorted({*_BY_NAME, *_own_algorithms(), *entry_points(group=ENTRY_POINTS).names})
+
+
+def _own_algorithms() -> list[str]:
+    spec = importlib.util.find_spec(_OWN)
+    folders = (spec and spec.submodule_search_locations) or []
+    return [module.name for module in pkgutil.iter_modules(folders) if module.ispkg]

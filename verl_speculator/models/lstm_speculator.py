@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -65,10 +65,6 @@ class ArcticLSTMSpeculatorConfig(ChainSpeculatorConfig):
     @property
     def proj_widths(self) -> tuple[int, ...]:
         return parse_width(self.proj_dim, "proj_dim")
-
-    def to_dict(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in (*WIDTH_FIELDS, "method", "tie_lstm_embs")}
-        return {**super().to_dict(), **own}
 
 
 @Speculator.register("lstm")

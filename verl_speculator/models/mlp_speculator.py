@@ -43,7 +43,7 @@ class MLPSpeculatorConfig(ChainSpeculatorConfig):
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
-        return values | {"emb_dim": values.pop("input_hidden_dim"), "inner_dim": self.inner_dim}
+        return values | {"emb_dim": values.pop("input_hidden_dim")}
 
     @classmethod
     def _fields_from_file(cls, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,13 @@ def register() -> None:
     nevertheless ends in vLLM's own error about a model it does not know.
     """
     try:
-        from verl_speculator.models.importing import import_code
         from verl_speculator.serving import speculative_config_hook
 
-        for name in filter(None, os.environ.get(IMPORTS_VARIABLE, "").split(os.pathsep)):
-            import_code(name, IMPORTS_VARIABLE)
         speculative_config_hook.install()
+        for name in filter(None, os.environ.get(IMPORTS_VARIABLE, "").split(os.pathsep)):
+            from verl_speculator.models.importing import import_code
+
+            import_code(name, IMPORTS_VARIABLE)
     except Exception as error:
         print(
             f"verl_speculator: this vLLM cannot serve its speculators; everything else works as usual. The reason: "

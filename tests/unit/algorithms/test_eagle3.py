@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from tests.support.eagle3_reference import Reference
-from verl_speculator.algorithms.eagle3 import Eagle3Speculator, Eagle3SpeculatorConfig, attention
+from verl_speculator.algorithms import attention
+from verl_speculator.algorithms.eagle3 import Eagle3Speculator, Eagle3SpeculatorConfig
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.losses import Objective
 from verl_speculator.models import Speculator, SpeculatorConfig

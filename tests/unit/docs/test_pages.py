@@ -73,8 +73,11 @@ def our_commands(page: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if our_commands(page)], ids=str)
-def test_our_commands_take_the_options_that_pages_give_them(page: Path, monkeypatch) -> None:
+def test_our_commands_take_the_options_that_pages_give_them(page: Path, monkeypatch, tmp_path) -> None:
     reached = []
+    monkeypatch.chdir(tmp_path)
+    for file in re.findall(r"--import (\w+\.py)", page.read_text()):
+        (tmp_path / file).write_text(blocks(page, "python")[0])
     for module in cli._COMMANDS.values():
         monkeypatch.setattr(module, "run", reached.append)
     for command in our_commands(page):

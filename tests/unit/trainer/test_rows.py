@@ -66,7 +66,7 @@ def test_settings_of_the_template_reach_it(build, tmp_path, monkeypatch):
 
     monkeypatch.setattr("verl_speculator.trainer.rows.TrainingRows", note)
     build()
-    build("data.enable_thinking_default=false", "data.apply_chat_template_kwargs={a: 1}", "data.messages_key=chat")
+    build("data.enable_thinking_default=false", "+data.apply_chat_template_kwargs.a=1", "data.messages_key=chat")
     # verl writes `none` where it means null.
     assert (seen[0].enable_thinking_default, seen[0].messages_key) == (None, "messages")
     assert (seen[1].enable_thinking_default, seen[1].messages_key) == (False, "chat")

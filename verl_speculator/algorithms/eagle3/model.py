@@ -11,44 +11,29 @@ layers that are read.
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from verl_speculator.algorithms.eagle3.attention import TrainingTimeAttention
-from verl_speculator.algorithms.eagle3.config import Eagle3SpeculatorConfig, Eagle3TrainingArguments, check_layer_ids
-from verl_speculator.errors import ConfigError
+from verl_speculator.algorithms.eagle3.config import FLAGS, Eagle3SpeculatorConfig, Eagle3TrainingArguments
+from verl_speculator.algorithms.transformer import (
+    Attend,
+    TransformerSpeculator,
+    make_objective,
+    paired_metrics,
+    sequence_offsets,
+)
 from verl_speculator.losses.alignment import chain_rows, head_inputs, head_targets, trained_positions
 from verl_speculator.losses.soft_targets import HeadRows, Objective, SoftTargetsOutput, TargetHead, soft_target_loss
 from verl_speculator.models.base_components import ModelComponents, model_classes, override_components
-from verl_speculator.models.draft_vocabulary import DraftVocabulary, given_draft_ids, read_t2d
+from verl_speculator.models.draft_vocabulary import read_t2d
 from verl_speculator.models.speculator import Speculator
 
 if TYPE_CHECKING:
     from verl_speculator.decoding import SamplingParams, StatefulDrafter
-
-# `attend(layer, query, key, value, scaling)`: [1, heads, N, D] each, to [1, N, heads, D].
-Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
-
-_ATTENTION = "verl_speculator_attend"
-# What the draft layers take over from the base's configuration, whatever its architecture.
-_TAKEN_OVER = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-)
 
 
 @functools.cache
@@ -74,40 +59,22 @@ def eagle3_components(arch: str) -> ModelComponents:
             residual = residual + attended
             return residual + self.mlp(self.post_attention_layernorm(residual))
 
-    _register_attention()
     return override_components(arch, first_layer_class=FirstLayer)
 
 
-def _register_attention() -> None:
-    """Let transformers' layers hand their queries, keys and values to the `attend` that they were called with."""
-    utils: Any = importlib.import_module("transformers.modeling_utils")
-
-    def forward(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **kwargs: Any) -> tuple:
-        return kwargs["attend"](module.layer_idx, query, key, value, kwargs["scaling"]), None
-
-    utils.ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, forward)
-
-
 @Speculator.register("eagle3")
-class Eagle3Speculator(DraftVocabulary, Speculator):
-    """Decoder layers on the base's states of several layers; names and shapes in files are Speculators'.
-
-    `embed_tokens` and `lm_head` are the base's: the rows of its matrices, those of the draft vocabulary for the second.
-    They do not train, except the embeddings if asked for.
-    """
+class Eagle3Speculator(TransformerSpeculator):
+    """Decoder layers on the base's states of several layers; names and shapes in files are Speculators'."""
 
     config: Eagle3SpeculatorConfig
-    t2d: Tensor | None
 
     def __init__(self, config: Eagle3SpeculatorConfig) -> None:
         super().__init__(config)
-        layer_config = config.layer_config()
-        layer_config._attn_implementation = _ATTENTION
+        layer_config = self.layer_config
         width, eps = layer_config.hidden_size, layer_config.rms_norm_eps
         parts = eagle3_components(layer_config.model_type)
         num_states = len(config.eagle_aux_hidden_state_layer_ids)
 
-        self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.input_norm = parts.norm_class(num_states * width, eps=eps) if config.norm_before_fc else None
         norms = [parts.norm_class(width, eps=eps) for _ in range(num_states)] if config.fc_norm else None
         self.fc_norm = None if norms is None else nn.ModuleList(norms)
@@ -117,20 +84,8 @@ class Eagle3Speculator(DraftVocabulary, Speculator):
         layers += [parts.decoder_layer_class(layer_config, i) for i in range(1, layer_config.num_hidden_layers)]
         self.layers = nn.ModuleList(layers)
         self.norm = parts.norm_class(width, eps=eps)
-        self.lm_head = nn.Linear(width, config.draft_vocab_size, bias=False)
-        is_reduced = config.draft_vocab_size < config.vocab_size
-        self.make_draft_vocabulary(config.draft_vocab_size if is_reduced else None)
-        # Which of the target's tokens can be drafted: `d2t` says so too, but Speculators looks for it.
-        self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size if is_reduced else None)
         self.embed_tokens.weight.requires_grad_(config.embed_requires_grad)
-        self.lm_head.weight.requires_grad_(False)
-        # No module of its own: it has nothing to load or to shard, and a table on whatever device it is used on.
-        self._make_rotary = functools.cache(lambda device: parts.rotary_emb_class(layer_config).to(device))
         self.reset_parameters()
-
-    @property
-    def target_layer_ids(self) -> list[int]:
-        return self.config.eagle_aux_hidden_state_layer_ids
 
     # Building and training: the contract of every model that is no chain
 
@@ -158,46 +113,18 @@ class Eagle3Speculator(DraftVocabulary, Speculator):
             MissingFileError: There is no file `draft_vocab_path`.
         """
         arguments = Eagle3TrainingArguments(**kwargs)
-        num_layers = verifier_config.num_hidden_layers
-        layer_ids = arguments.target_layer_ids or [2, num_layers // 2, num_layers - 3]
-        if arguments.target_layer_ids is None and num_layers < 7:
-            raise ConfigError(f"target_layer_ids must be given for a base of {num_layers} layers, as in [0, 1, 2].")
-        check_layer_ids(layer_ids, "target_layer_ids", num_layers)
-        vocab_size = verifier_config.vocab_size
-        ids = given_draft_ids(arguments.draft_vocab_size, t2d, arguments.draft_vocab_path, vocab_size)
-        size = vocab_size if ids is None else ids.shape[0]
-
-        taken = {name: getattr(verifier_config, name, None) for name in _TAKEN_OVER}
-        layer_config = {
-            "model_type": arguments.draft_arch,
-            **{name: value for name, value in taken.items() if value is not None},
-            "num_hidden_layers": arguments.num_layers,
-            "attention_bias": False,
-            "tie_word_embeddings": False,
-        }
-        model = cls(
-            Eagle3SpeculatorConfig(
-                input_hidden_dim=verifier_config.hidden_size,
-                vocab_size=vocab_size,
-                n_predict=arguments.ttt_steps,
-                base_model_name_or_path=verifier_name_or_path,
-                base_architectures=verifier_architectures or [],
-                transformer_layer_config=layer_config,
-                draft_vocab_size=size,
-                eagle_aux_hidden_state_layer_ids=list(layer_ids),
-                norm_before_residual=arguments.norm_before_residual,
-                norm_before_fc=arguments.norm_before_fc,
-                fc_norm=arguments.fc_norm,
-                norm_output=arguments.norm_output,
-                embed_requires_grad=arguments.embed_requires_grad,
-            )
+        flags = {name: getattr(arguments, name) for name in FLAGS}
+        return cls.build(
+            Eagle3SpeculatorConfig,
+            verifier_config,
+            arguments,
+            draft_arch=arguments.draft_arch,
+            t2d=t2d,
+            verifier_name_or_path=verifier_name_or_path,
+            verifier_architectures=verifier_architectures,
+            n_predict=arguments.ttt_steps,
+            **flags,
         )
-        if ids is not None and size < vocab_size:
-            model.set_draft_ids(ids)
-        with torch.no_grad():
-            model.embed_tokens.weight.fill_(torch.nan)
-            model.lm_head.weight.fill_(torch.nan)
-        return model
 
     @staticmethod
     def get_trainer_kwargs(args: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -209,25 +136,12 @@ class Eagle3Speculator(DraftVocabulary, Speculator):
         arguments = Eagle3TrainingArguments(**args)
         if arguments.draft_vocab_path is not None:
             read_t2d(arguments.draft_vocab_path)
-        given = arguments.objective
-        weights = given if isinstance(given, Mapping) else {given: 1.0}
         kwargs = {
             "ttt_steps": arguments.ttt_steps,
             "ttt_step_loss_decay": float(arguments.ttt_step_loss_decay),
-            "objective": Objective(weights, arguments.objective_temperature),
+            "objective": make_objective(arguments.objective, arguments.objective_temperature),
         }
         return kwargs, dict(kwargs)
-
-    def set_draft_ids(self, ids: Tensor) -> None:
-        super().set_draft_ids(ids)
-        assert self.t2d is not None
-        self.t2d.fill_(False)[ids] = True
-
-    @torch.no_grad()
-    def load_verifier_weights(self, embed_tokens: Tensor, lm_head: Tensor) -> None:
-        """Take over what is the base's: its embeddings [V, H] and its vocabulary matrix [V, H]."""
-        self.embed_tokens.weight.copy_(embed_tokens)
-        self.lm_head.weight.copy_(lm_head if self.draft_ids is None else lm_head[self.draft_ids])
 
     def count_trained(
         self,
@@ -240,7 +154,7 @@ class Eagle3Speculator(DraftVocabulary, Speculator):
         objective: Objective,
     ) -> Tensor:
         """What the mean of `forward` divides by: trained positions of every step, as much as the step counts."""
-        trained_PT = self._trained(input_ids[0], loss_mask[0], _offsets(document_ids[0]), ttt_steps, objective)
+        trained_PT = self._trained(input_ids[0], loss_mask[0], sequence_offsets(document_ids[0]), ttt_steps, objective)
         return _step_weights(ttt_steps, ttt_step_loss_decay, trained_PT.device) @ trained_PT.sum(dim=1).double()
 
     def forward(
@@ -281,7 +195,7 @@ class Eagle3Speculator(DraftVocabulary, Speculator):
         """
         objective = Objective({"kl": 1.0}) if objective is None else objective
         ids_T = input_ids[0]
-        offsets = _offsets(document_ids[0])
+        offsets = sequence_offsets(document_ids[0])
         trained_PT = self._trained(ids_T, loss_mask[0], offsets, ttt_steps, objective)
         rows = chain_rows(trained_PT)
 
@@ -343,7 +257,7 @@ class Eagle3Speculator(DraftVocabulary, Speculator):
     def step(self, embeds: Tensor, hidden: Tensor, position_ids: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """One step on entries [B, N, H] at `position_ids` [B, N]: the state to go on from, and what `lm_head` reads."""
         kwargs = {
-            "position_embeddings": self._make_rotary(hidden.device)(hidden, position_ids),
+            "position_embeddings": self.rotary(hidden, position_ids),
             "attention_mask": None,
             "attend": attend,
         }
@@ -352,10 +266,6 @@ class Eagle3Speculator(DraftVocabulary, Speculator):
             hidden = layer(hidden, **kwargs)
         normed = self.norm(hidden)
         return normed if self.config.norm_output else hidden, normed
-
-    def target_logits(self, outputs: Tensor) -> Tensor:
-        """Logits over the target's vocabulary [..., V], -inf where a token cannot be drafted."""
-        return self.to_target_logits(self.lm_head(outputs))
 
     def make_drafter(self, sampling: SamplingParams | None = None) -> StatefulDrafter:
         """What drafts with it in `speculative_generate`: its likeliest tokens, or tokens drawn as `sampling` says."""
@@ -389,16 +299,7 @@ class Eagle3Speculator(DraftVocabulary, Speculator):
         correct_PT = torch.zeros_like(trained_PT).masked_scatter_(trained_PT, torch.cat(correct))
         accepted_T = correct_PT.long().cumprod(dim=0).sum(dim=0) + trained_PT[0]
         metrics["acceptance_length"] = (accepted_T[trained_PT[0]].sum(), trained_PT[0].sum())
-        named = {f"{name}_sum": pair[0] for name, pair in metrics.items()}
-        named |= {f"{name}_total": pair[1] for name, pair in metrics.items()}
-        return {name: value.detach().float() for name, value in named.items()}
-
-
-def _offsets(document_ids_T: Tensor) -> Tensor:
-    """[B + 1], where each sequence starts and the last one ends."""
-    starts = (document_ids_T.diff() != 0).nonzero().squeeze(1) + 1
-    end = starts.new_full((1,), document_ids_T.shape[0])
-    return torch.cat([starts.new_zeros(1), starts, end])
+        return paired_metrics(metrics)
 
 
 def _step_weights(ttt_steps: int, decay: float, device: torch.device) -> Tensor:
