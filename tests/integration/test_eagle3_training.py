@@ -1,4 +1,4 @@
-"""EAGLE-3, DFlash and the page's Medusa through the whole trainer: built from its base, trained, saved, resumed, started from and evaluated."""
+"""EAGLE-3, DFlash and the page's Medusa through the whole trainer, from a base to what is measured."""
 
 from __future__ import annotations
 
