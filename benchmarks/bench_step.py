@@ -14,6 +14,8 @@ the base a randomly initialised Qwen2-style model. Reading and collating data ar
 - `stacked`: an adapter whose loss is the stacked formula (`stacked.py`); all else is the same, its own engine included.
 - `dense_mask`: as `ours`, but packed sequences attend through transformers' mask of all tokens by all tokens.
 - `each`: as `ours`, but the speculator is gathered and its gradient reduced in every micro-batch and not once a step.
+- `cached`: as `ours`, with the base's hidden states from a folder (`data.hidden_states_cache`), into which an untimed
+  step wrote them. How long that took beside the step, and how many epochs outweigh it, is given too.
 
 All must report the same loss before they are timed. Each round times each once, in alternating order, and measures
 the machine's matmul peak, on all ranks at once. `ratio_to_stacked` is the median over rounds of stacked's time over the
@@ -83,6 +85,7 @@ VARIANTS = {
     "stacked": [],
     "dense_mask": ["model.attend_by_sequence=false"],
     "each": ["model.gather_speculator_once=false"],
+    "cached": [],
 }
 
 # A published small model with its head counts, and the step on it that the field notes of this package are about.
@@ -113,8 +116,10 @@ class Training:
 
     def __init__(self, variant: str, base: Path, args: argparse.Namespace) -> None:
         from verl.utils.config import omega_conf_to_dataclass
+        from verl.utils.device import get_device_name
         from verl.workers.config import TrainingWorkerConfig
 
+        from verl_speculator.checkpoint.hidden_states import StatesCacheSettings
         from verl_speculator.engine.model_config import MODEL_TYPE
         from verl_speculator.trainer.config.compose import load_config
         from verl_speculator.trainer.config.devices import apply_device
@@ -134,6 +139,10 @@ class Training:
             )
         )
         self.worker.set_loss_fn(base_loss)
+        if variant == "cached":
+            dtype = "float32" if get_device_name() == "cpu" else "bfloat16"
+            (base / "states").mkdir(exist_ok=True)
+            self.worker.use_states_cache(StatesCacheSettings(str(base / "states"), dtype))
         self.worker.reset()
         self._rows = random_rows(args)[dist.get_rank() :: dist.get_world_size()]
 
@@ -281,6 +290,8 @@ def measure(base: Path, args: argparse.Namespace, device: torch.device) -> dict[
     reference = losses[args.variants[0]]
     if any(abs(loss - reference) > 2e-2 * abs(reference) for loss in losses.values()):
         raise RuntimeError(f"The variants do not compute the same loss: {losses}.")
+    # What the first step saw goes to the disk, and from here on comes from there.
+    writing = seconds(trainings["cached"].worker.share_states, device) if "cached" in trainings else None
     peaks = {
         variant: peak_extra_bytes(partial(training.step, training.batch()), device)
         for variant, training in trainings.items()
@@ -295,7 +306,23 @@ def measure(base: Path, args: argparse.Namespace, device: torch.device) -> dict[
     useful = useful_flops(args)
     rows = [summarise(variant, times, peaks[variant], flops, useful, args) for variant in trainings]
     splits = [trainings["ours"].split(device) for _ in range(args.rounds)] if "ours" in trainings else []
-    return {"rows": rows, "split": summarise_split(splits) if splits else None, "losses": losses}
+    measured = {"rows": rows, "split": summarise_split(splits) if splits else None, "losses": losses}
+    if writing is not None and "ours" in trainings:
+        bytes_per_token = trainings["cached"].engine.cached_states.bytes_per_token
+        measured["states_cache"] = summarise_cache(times, writing, bytes_per_token)
+    return measured
+
+
+def summarise_cache(times: dict[str, list[float]], writing: float, bytes_per_token: int) -> dict[str, float]:
+    """From how many epochs on writing, once, costs less than the base's forward passes that reading saves."""
+    saved = statistics.median(ours - cached for ours, cached in zip(times["ours"], times["cached"], strict=True))
+    return {
+        "bytes_per_token": bytes_per_token,
+        "write_seconds": writing,
+        "saved_seconds": saved,
+        "saved_fraction": saved / statistics.median(times["ours"]),
+        "break_even_epochs": 1 + writing / saved if saved > 0 else float("inf"),
+    }
 
 
 def machine_peak(device: torch.device, args: argparse.Namespace) -> float:
@@ -467,6 +494,8 @@ def report(measured: dict[str, Any], machine: dict[str, Any], args: argparse.Nam
         print_table(measured["split"]["parts"], ("part", "seconds_median", "fraction"))
         print(f"outside backbone, states, vocabulary and optimizer: {measured['split']['outside_fraction']:.3f}")
         print(f"of the rest: {measured['split']['rest_parts']}")
+    if "states_cache" in measured:
+        print(f"hidden states on disk: {measured['states_cache']}")
     print(f"\n{machine['device']}, {machine['cores']} cores, load average before {machine['load_average']}")
     if args.json:
         whole = {

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,13 @@ import pytest
 class ChatData(NamedTuple):
     train: Path
     val: Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rows_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests leave no training rows behind in the user's cache of `datasets`."""
+    # Before it is loaded, here or in a process that is started.
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="session")

@@ -4,59 +4,40 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-MAX_NEW_TOKENS = 96
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    max_functions: int | None = None
-    vocab_size: int = 2048
-
-
-@dataclass(frozen=True)
-class BaseModelSettings:
-    """Sizes for minutes of training on two cores: many small steps teach more here than a larger model."""
-
-    vocab_size: int = 2048
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    num_layers: int = 3
-    num_heads: int = 2
-    num_steps: int = 420
-    batch_size: int = 16
-    max_length: int = 512
-    learning_rate: float = 4e-3
+MAX_NEW_TOKENS = 192  # of the answers to train on
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    num_prompts: int = 2000
-    num_val_prompts: int = 64
-    batch_size: int = 100
-    max_new_tokens: int = MAX_NEW_TOKENS
+    """Of the answers that the repository ships, how many are used, and how many are written anew to compare."""
+
+    num_prompts: int | None = None
+    num_written_anew: int = 3
 
 
 @dataclass(frozen=True)
 class SpeculatorSettings:
     n_predict: int = 3
     width: int = 256
-    num_steps: int = 280
-    test_freq: int = 40
+    draft_vocab_size: int = 8000
+    num_epochs: int = 4
     batch_size: int = 16
     max_length: int = 512
-    learning_rate: float = 1e-2
+    learning_rate: float = 5e-3
 
 
 @dataclass(frozen=True)
 class DecodingSettings:
-    num_prompts: int = 32
-    max_new_tokens: int = MAX_NEW_TOKENS
+    """Acceptance is measured on many prompts at once, speed on a few, one at a time."""
+
+    num_prompts: int = 48
+    batch_size: int = 8
+    num_speed_prompts: int = 8
+    max_new_tokens: int = 64
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    data: DataSettings = field(default_factory=DataSettings)
-    base: BaseModelSettings = field(default_factory=BaseModelSettings)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
     speculator: SpeculatorSettings = field(default_factory=SpeculatorSettings)
     decoding: DecodingSettings = field(default_factory=DecodingSettings)
@@ -65,11 +46,9 @@ class DemoSettings:
 BUDGETS = {
     "full": DemoSettings(),
     "small": DemoSettings(
-        data=DataSettings(max_functions=600, vocab_size=512),
-        base=BaseModelSettings(vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=2, num_steps=10),
-        answers=AnswerSettings(num_prompts=64, num_val_prompts=8, batch_size=64, max_new_tokens=32),
-        speculator=SpeculatorSettings(width=64, num_steps=10, test_freq=5),
-        decoding=DecodingSettings(num_prompts=4, max_new_tokens=32),
+        answers=AnswerSettings(num_prompts=16, num_written_anew=1),
+        speculator=SpeculatorSettings(width=64, draft_vocab_size=500, num_epochs=2),
+        decoding=DecodingSettings(num_prompts=2, num_speed_prompts=1, batch_size=2, max_new_tokens=16),
     ),
 }
 

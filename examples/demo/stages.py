@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_BETWEEN_LINES = 15.0  # of progress where the output is no terminal
-MAX_THREADS = 4  # of a trainer process; more only wait for each other with matmuls this small
 
 
 class Progress:
@@ -82,20 +80,21 @@ def num_processes() -> int:
     return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
 
 
-def run_trainer(command: Sequence[str], num_steps: int, log_file: Path, progress: Progress) -> None:
-    """Run a trainer from the repository's root; its output goes to `log_file`, its steps to `progress`.
+def run_command(
+    command: Sequence[str], log_file: Path, progress: Progress, describe: Callable[[str], str | None]
+) -> str:
+    """Run one of the package's commands; its output goes to `log_file` and is returned.
 
-    Ends the demo with the log's last lines when the trainer fails.
+    `describe` makes of a line, or of a state of a progress bar, what to show; None leaves what was shown. The demo ends
+    with the last lines when the command fails.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    threads = min(MAX_THREADS, max(1, (os.cpu_count() or 1) // num_processes()))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    tail: deque[str] = deque(maxlen=15)
-    progress.update("starting")
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    lines: list[str] = []
     with (
         log_file.open("w", encoding="utf-8") as log,
         subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, "-m", "verl_speculator.cli", *command],
             cwd=REPOSITORY,
             env=environment,
             stdout=subprocess.PIPE,
@@ -105,17 +104,29 @@ def run_trainer(command: Sequence[str], num_steps: int, log_file: Path, progress
         ) as process,
     ):
         assert process.stdout is not None
+        # Universal newlines: what a progress bar draws over itself comes as lines too.
         for line in process.stdout:
             log.write(line)
-            tail.append(line)
-            if found := re.search(r"step:(\d+) - ", line):
-                progress.update(f"step {found[1]}/{num_steps}{_metrics(line)}")
+            lines.append(line)
+            if (shown := describe(line)) is not None:
+                progress.update(shown)
     if process.returncode != 0:
-        sys.exit(f"\n{''.join(tail)}\nThe trainer failed (exit status {process.returncode}). Its output: {log_file}")
+        name, tail = command[0], "".join(lines[-15:])
+        sys.exit(f"\n{tail}\n`{name}` failed (exit status {process.returncode}). Its output: {log_file}")
+    return "".join(lines)
 
 
-def _metrics(line: str) -> str:
-    """The few numbers of a console line of verl's tracker that say how the training goes."""
+def training_progress(line: str) -> str | None:
+    """The step of a console line of verl's tracker, and the few numbers that say how the training goes."""
+    step = re.search(r"step:(\d+) - ", line)
+    if step is None:
+        return None
     names = {"train/loss": "loss", "train/acceptance_length": "acceptance length (teacher-forced)"}
     found = {name: re.search(rf"{name}:([\d.eE+-]+)", line) for name in names}
-    return "".join(f"  {names[name]} {float(match[1]):.2f}" for name, match in found.items() if match)
+    return f"step {step[1]}" + "".join(f"  {names[n]} {float(match[1]):.2f}" for n, match in found.items() if match)
+
+
+def bar_progress(line: str) -> str | None:
+    """A state of a progress bar, without the bar."""
+    bar = re.search(r"^\s*([^:]+):.*?(\d+/\d+)", line)
+    return f"{bar[1]} {bar[2]}" if bar else None

@@ -1,6 +1,7 @@
 """Run under torchrun: one engine per case on the same batch; writes each case's loss, metrics and gradients.
 
-A case with ``steps`` then trains, a step on each batch of that file, and writes every step's loss and metrics too.
+One of a ``fresh`` speculator writes its weights only. A case with ``steps`` then
+trains, a step on each batch of that file, and writes every step's loss and metrics too.
 
 usage: torchrun --nproc_per_node=N engine_cases.py CASES.json OUTPUT_FOLDER
 """
@@ -25,6 +26,7 @@ from verl.utils.dataset.dataset_utils import SFTTensorCollator
 from verl.workers.config import TrainingWorkerConfig
 
 from tests.integration.megatron_layout import forget_megatron_layout
+from verl_speculator.checkpoint.training_state import full_state_dict
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.sequence_parallel import gather_sequence, share_of_targets
 from verl_speculator.engine.step_sums import SUMS_KEY
@@ -133,6 +135,12 @@ def run_case(case: dict, output: Path) -> None:
         forget_megatron_layout()
         return
     engine = worker.engine
+    if case["fresh"]:
+        weights = full_state_dict(engine.speculator_unit)
+        if dist.get_rank() == 0:
+            save_file(weights, output / f"{case['name']}.safetensors")
+        forget_megatron_layout()
+        return
     rows = torch.load(case["batch"], weights_only=True)
     batch = rank_batch(rows, config, engine)
     with engine.train_mode():

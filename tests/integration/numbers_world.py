@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.integration.needy_adapter import NEEDY
 from tests.integration.reference import PlainTraining
 from tests.support.tiny import VOCAB_SIZE, write_base_model
+from verl_speculator.adapters import LSTMSpeculatorAdapter
 from verl_speculator.algorithms.eagle3 import Eagle3Speculator
 from verl_speculator.losses import acceptance_sums
 from verl_speculator.models import (
@@ -32,13 +33,18 @@ MLP = "model.speculator_adapter=verl_speculator.adapters.MLPSpeculatorAdapter"
 EAGLE3 = ["model.speculator_type=eagle3", "+model.speculator.ttt_steps=3", "+model.speculator.ttt_step_loss_decay=0.8"]
 JOINT = ["model.freeze_base_model=false", "model.speculator_loss_coeff=0.7", "optim.lr=2e-3", "optim.weight_decay=0"]
 SPECULATOR_LOSS_COEFF = 0.7
+FRESH = ["model.speculator.n_predict=3", *(f"model.speculator.{name}_dim=24" for name in ("inner", "emb", "proj"))]
+SEED = 42
 KL, LK = (f"model.speculator.objective={name}" for name in ("kl", "lk"))
 CASES_SCRIPT = Path(__file__).with_name("engine_cases.py")
 
 
 @dataclass
 class Case:
-    """An engine on one batch; with ``steps`` it then trains on the batches of ``steps.pt``."""
+    """An engine on one batch; with ``steps`` it then trains on the batches of ``steps.pt``.
+
+    Without a ``speculator`` it makes a fresh one, and there is no batch.
+    """
 
     name: str
     base: str
@@ -107,7 +113,13 @@ def write_world(folder: Path) -> dict[str, Path]:
     write_base_model(folder / "qwen3", family="qwen3", tie=True, seed=1)
     write_base_model(folder / "llama_untied", family="llama", tie=False, seed=2)
     write_base_model(folder / "llama_tied", family="llama", tie=True, seed=3)
-    write_base_model(folder / "gemma2", family="gemma2", tie=True, seed=4)
+    # With capped, divided, multiplied and biased logits.
+    write_base_model(folder / "gemma2", family="gemma2", tie=True, seed=4, final_logit_softcapping=2.0)
+    write_base_model(folder / "granite", family="granite", tie=False, seed=5, logits_scaling=3.0)
+    write_base_model(folder / "cohere", family="cohere", tie=True, seed=6, logit_scale=0.4)
+    write_base_model(folder / "phi", family="phi", tie=False, seed=7)
+    # Of a kind that both engines run; transformers does not know what the key stands for.
+    write_base_model(folder / "llama_scaled", family="llama", tie=False, seed=8, logit_scale=0.4)
     make_speculators(folder)
     return {path.name: path for path in folder.iterdir()}
 
@@ -116,10 +128,13 @@ def write_cases(file: Path, cases: list[Case], world: dict[str, Path]) -> Path:
     """What ``engine_cases.py`` reads."""
     written = []
     for case in cases:
-        models = [f"model.path={world[case.base]}", f"model.speculator_path={world[case.speculator]}"]
+        models = [f"model.path={world[case.base]}"]
+        if case.speculator:
+            models.append(f"model.speculator_path={world[case.speculator]}")
         steps = {"steps": str(world["steps.pt"])} if case.steps else {}
         batch = str(world["rows.pt"])
         written.append({"name": case.name, "batch": batch, "overrides": [*models, *case.overrides], **steps})
+        written[-1]["fresh"] = not case.speculator
     file.write_text(json.dumps(written))
     return file
 
@@ -162,6 +177,22 @@ def check_acceptance(case: Case, world: dict[str, Path], results: Path) -> None:
     assert "closed_loop_sampled/rounds" in expected
     for name, value in expected.items():
         assert sums[name] == pytest.approx(value.item(), rel=1e-4, abs=1e-5), name
+
+
+def check_start_from_base(case: Case, world: dict[str, Path], results: Path) -> None:
+    """A fresh speculator of the settings of `FRESH` has the weights that one process gives it."""
+    base = AutoModelForCausalLM.from_pretrained(world[case.base], dtype=torch.float32)
+    adapter = LSTMSpeculatorAdapter({"inner_dim": 24, "emb_dim": 24, "proj_dim": 24, "n_predict": 3})
+    torch.manual_seed(SEED)
+    speculator = adapter.build_speculator_module(base)
+    embed_tokens, lm_head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    drawn = speculator.head_weight(0).detach().clone()
+    speculator.start_from_base(embed_tokens, lm_head, torch.Generator().manual_seed(SEED))
+    assert not torch.allclose(drawn, speculator.head_weight(0))
+    found = load_file(results / f"{case.name}.safetensors")
+    assert len(found) == len(speculator.state_dict())
+    for name, tensor in speculator.state_dict().items():
+        torch.testing.assert_close(found[f"speculator.{name}"], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def check_learning_rates(case: Case, results: Path) -> None:

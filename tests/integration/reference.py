@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.integration.needy_adapter import LAYER_IDS, soft_loss
 from tests.support.eagle3_reference import Reference
 from verl_speculator.algorithms.eagle3 import Eagle3Speculator
-from verl_speculator.losses import PackedHiddenStates
+from verl_speculator.losses import PackedHiddenStates, TargetHead
 from verl_speculator.models import Speculator
 
 # As `EAGLE3` of the numbers' world sets them.
@@ -41,6 +41,8 @@ class PlainTraining:
         for ids, mask in rows:
             output = self.base(ids.unsqueeze(0), output_hidden_states=True)
             hidden, base_logits = output.hidden_states[-1], output.logits[0]
+            if self.base.config.model_type == "llama":
+                base_logits = base_logits * getattr(self.base.config, "logit_scale", 1.0)
             hidden = hidden.detach() if detach else hidden
             padded = F.pad(ids, (0, n_predict + 1))
             logits = self.speculator(hidden, padded[1:].unsqueeze(0)[:, : ids.numel() + n_predict])
@@ -118,8 +120,18 @@ class PlainTraining:
             input_ids=torch.cat([ids for ids, _ in rows]),
             loss_mask=torch.cat([mask for _, mask in rows]),
             cu_seqlens=torch.tensor([0, *itertools.accumulate(ids.numel() for ids, _ in rows)]),
-            lm_head_weight=self.base.get_output_embeddings().weight,
+            target_head=self.target_head(),
         )
+
+    def target_head(self) -> TargetHead:
+        """What the base does to its last states, from what is known of its kind."""
+        head, config = self.base.get_output_embeddings(), self.base.config
+        made = TargetHead(head.weight, head.bias)
+        if config.model_type == "gemma2":
+            return made._replace(softcap=config.final_logit_softcapping)
+        if config.model_type == "granite":
+            return made._replace(scale=1 / config.logits_scaling)
+        return made._replace(scale=getattr(config, "logit_scale", 1.0))
 
     def train_speculator(self, batches: list[Rows], *, lr: float, weight_decay: float, clip: float) -> list[dict]:
         """AdamW with clipped gradients, a step on each batch; the loss and each head's sums before every step."""

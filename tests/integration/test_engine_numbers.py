@@ -11,6 +11,7 @@ from tests.integration.needy_adapter import NEEDY
 from tests.integration.numbers_world import (
     CASES_SCRIPT,
     EAGLE3,
+    FRESH,
     JOINT,
     KL,
     LK,
@@ -24,6 +25,7 @@ from tests.integration.numbers_world import (
     check_bfloat16,
     check_learning_rates,
     check_loss_and_gradients,
+    check_start_from_base,
     read_state,
     write_cases,
     write_world,
@@ -62,6 +64,11 @@ CASES = [
     Case("drafts_one_row", "qwen2", "rnn_drafts", ONE_ROW),
     Case("drafts_kl", "llama_untied", "rnn_drafts", [*TWO_ROWS, *PADDED, KL]),
     Case("drafts_joint", "qwen2", "rnn_drafts", [*PACKED, *JOINT]),
+    Case("kl_capped", "gemma2", "lstm", [*PACKED, KL]),
+    Case("lk_divided", "granite", "mlp_untied", [*ONE_ROW, MLP, LK]),
+    Case("kl_multiplied_joint", "cohere", "rnn_drafts", [*TWO_ROWS, *PADDED, *JOINT, KL]),
+    Case("kl_biased", "phi", "rnn_drafts", [*PACKED, KL]),
+    Case("lk_biased_joint", "phi", "lstm", [*TWO_ROWS, *PADDED, *JOINT, LK]),
     Case("lk_joint", "llama_untied", "rnn", [*TWO_ROWS, *PADDED, *JOINT, LK]),
 ]
 
@@ -76,6 +83,9 @@ BF16_CASES = [
 ]
 
 
+FRESH_CASES = [Case("fresh", "llama_untied", "", FRESH), Case("fresh_tied_joint", "qwen2", "", [*FRESH, *JOINT])]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> dict[str, Path]:
     return write_world(tmp_path_factory.mktemp("numbers"))
@@ -84,7 +94,7 @@ def world(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def results(request, world, torchrun, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("results")
-    cases = write_cases(output / "cases.json", [*CASES, *BF16_CASES, CAPPED], world)
+    cases = write_cases(output / "cases.json", [*CASES, *BF16_CASES, CAPPED, *FRESH_CASES], world)
     torchrun(request.param, str(CASES_SCRIPT), str(cases), str(output))
     return output
 
@@ -99,6 +109,11 @@ def test_matches_plain_float64_training(case: Case, world, results) -> None:
 )
 def test_validation_measures_acceptance_however_the_batch_is_cut(case: Case, world, results) -> None:
     check_acceptance(case, world, results)
+
+
+@pytest.mark.parametrize("case", FRESH_CASES, ids=lambda case: case.name)
+def test_a_fresh_speculator_starts_from_the_base(case: Case, world, results) -> None:
+    check_start_from_base(case, world, results)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.is_joint], ids=lambda case: case.name)
@@ -136,7 +151,7 @@ def test_bfloat16_base(case: Case, world, results) -> None:
 def test_what_a_base_cannot_give_is_refused_by_name(results) -> None:
     refused = read_state(results, CAPPED)["refused"]
     assert "NeedyAdapter" in refused
-    assert "final_logit_softcapping=30.0" in refused
+    assert "final_logit_softcapping=2.0" in refused
 
 
 def test_slices_of_a_sequence_give_the_whole_loss(results) -> None:

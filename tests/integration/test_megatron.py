@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.integration.needy_adapter import NEEDY
 from tests.integration.numbers_world import (
     CASES_SCRIPT,
+    FRESH,
     JOINT,
     KL,
     LK,
@@ -27,6 +28,7 @@ from tests.integration.numbers_world import (
     check_bfloat16,
     check_learning_rates,
     check_loss_and_gradients,
+    check_start_from_base,
     make_rows,
     read_state,
     write_cases,
@@ -78,6 +80,8 @@ TWO_RANKS = [
     Case("tp_kl", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, KL]),
     Case("tp_drafts", "qwen2", "rnn_drafts", [*MEGATRON, TP, *PACKED]),
     Case("pp_drafts_kl_joint", "llama_untied", "rnn_drafts", [*MEGATRON, PP, *TWO_ROWS, *PADDED, *JOINT, KL]),
+    Case("tp_kl_scaled", "llama_scaled", "rnn_drafts", [*MEGATRON, TP, *TWO_ROWS, KL]),
+    Case("pp_lk_scaled_joint", "llama_scaled", "lstm", [*MEGATRON, PP, *PACKED, *JOINT, LK]),
     Case("pp_lk_joint", "llama_untied", "rnn", [*MEGATRON, PP, *TWO_ROWS, *PADDED, *JOINT, LK]),
     Case(
         "pp_joint_detached",
@@ -98,6 +102,11 @@ REFUSED = {
 REFUSED_CASES = [
     Case("pp_needy_joint", "qwen2", "lstm", [*MEGATRON, PP, *PACKED, *JOINT, NEEDY]),
     Case("pp_tied_llama", "llama_tied", "lstm", [*MEGATRON, PP, *PACKED]),
+]
+FRESH_CASES = [
+    Case("fresh_tp", "llama_untied", "", [*MEGATRON, TP, *FRESH]),
+    Case("fresh_pp", "llama_untied", "", [*MEGATRON, PP, *FRESH]),
+    Case("fresh_pp_tied", "qwen2", "", [*MEGATRON, PP, *FRESH]),
 ]
 BF16_CASES = [Case("tp_bf16", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, "engine.model_dtype=bf16"])]
 TRAINED = [
@@ -120,7 +129,7 @@ def world(tmp_path_factory) -> dict[str, Path]:
 def results(world, torchrun, tmp_path_factory) -> Path:
     """What all cases wrote: one start for those of two ranks, one for those of four."""
     output = tmp_path_factory.mktemp("results")
-    for ranks, cases in ((2, [*TWO_RANKS, *BF16_CASES, *TRAINED, *REFUSED_CASES]), (4, FOUR_RANKS)):
+    for ranks, cases in ((2, [*TWO_RANKS, *BF16_CASES, *TRAINED, *REFUSED_CASES, *FRESH_CASES]), (4, FOUR_RANKS)):
         file = write_cases(output / f"cases_{ranks}.json", cases, world)
         torchrun(ranks, str(CASES_SCRIPT), str(file), str(output))
     return output
@@ -157,6 +166,11 @@ def test_the_base_has_a_learning_rate_of_its_own(case: Case, results) -> None:
 @pytest.mark.parametrize("case", REFUSED_CASES, ids=lambda case: case.name)
 def test_what_cannot_be_trained_is_refused_by_name(case: Case, results) -> None:
     assert re.search(REFUSED[case.name], read_state(results, case)["refused"])
+
+
+@pytest.mark.parametrize("case", FRESH_CASES, ids=lambda case: case.name)
+def test_a_fresh_speculator_starts_from_the_base(case: Case, world, results) -> None:
+    check_start_from_base(case, world, results)
 
 
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,6 +20,8 @@ from transformers import AutoTokenizer
 from tests.integration.conftest import run_process
 from tests.support.tiny import VOCAB_SIZE, write_base_model, write_chats
 from verl_speculator.checkpoint import layout
+from verl_speculator.data.rendering import render_chat
+from verl_speculator.data.token_rows import tokenizer_fingerprint
 from verl_speculator.models import Speculator
 from verl_speculator.reports.curves import read_curves
 from verl_speculator.trainer.checkpoints import LOCK_FILE
@@ -53,6 +56,17 @@ class Runs:
         self.base = write_base_model(folder / "base", dtype=torch.bfloat16, stop_tokens=STOP_TOKENS)
         write_chats(folder / "train.parquet", 72)
         write_chats(folder / "val.parquet", 13, seed=1)
+        self._write_mixed()
+
+    def _write_mixed(self) -> None:
+        """The training data again: one half as tokens, the other as chats."""
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
+        chats = pq.read_table(self.folder / "train.parquet")
+        pq.write_table(chats.slice(36), self.folder / "chats.parquet")
+        rendered = [render_chat(tokenizer, chat, "") for chat in chats["messages"].to_pylist()[:36]]
+        columns = {name: [getattr(row, name) for row in rendered] for name in ("input_ids", "loss_mask")}
+        mark = [tokenizer_fingerprint(tokenizer)] * 36
+        pq.write_table(pa.table({**columns, "tokenizer": mark}), self.folder / "tokens.parquet")
 
     def overrides(self, name: str, *more: str) -> list[str]:
         return [
@@ -120,19 +134,40 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
     custom = f"model.speculator_adapter={{path: {CUSTOM_ADAPTER}, name: GatedSpeculatorAdapter}}"
     drafts = [f"model.speculator.draft_vocab_size={DRAFT_VOCAB_SIZE}"]
     trained = f"model.speculator_path={runs.folder / 'whole' / f'global_step_{STEPS}'}"
+    states, kept = (f"data.hidden_states_cache={runs.folder / name}" for name in ("states", "eagle3_states"))
+    # With a learning rate at which nothing is learned, every validation is as good as the first.
+    early = ["trainer.early_stop_patience=2", "trainer.test_freq=1", "trainer.save_freq=100", "optim.lr=1e-12"]
+    early.append("trainer.max_ckpt_to_keep=1")
+    # Into other micro-batches than when they were written.
+    cut_otherwise = "data.max_token_len_per_gpu=512"
+
+    def eagle3(name: str, *more: str) -> list[str]:
+        settings = ["model.speculator_type=eagle3", "data.max_length=512", "trainer.total_training_steps=2", *more]
+        # The shared ones are of heads.
+        return [text for text in runs.overrides(name, *settings) if not text.startswith("model.speculator.")]
+
+    mixed = f"data.train_files=[{runs.folder / 'tokens.parquet'},{runs.folder / 'chats.parquet'}]"
     table = {
         "whole": runs.overrides("whole", *LSTM, "trainer.test_freq=3", "trainer.max_ckpt_to_keep=2", LOGGERS),
         "evaluated": runs.overrides("evaluated", trained, "trainer.val_only=true"),
-        "stopped": runs.overrides("stopped", *LSTM, stop),
-        "resumed": runs.overrides("stopped", *LSTM),
+        "stopped": runs.overrides("stopped", mixed, *LSTM, stop),
+        "resumed": runs.overrides("stopped", mixed, *LSTM),
         "joint": runs.overrides("joint", *joint),
         "joint_stopped": runs.overrides("joint_stopped", *joint, stop),
         "joint_resumed": runs.overrides("joint_stopped", *joint),
         "killed": killed,
         "terminated": terminated,
-        "finished": runs.overrides("stopped", *LSTM),
+        "finished": runs.overrides("stopped", mixed, *LSTM),
         "custom": runs.overrides("custom", custom, *drafts, "trainer.total_training_steps=2"),
         "custom_resumed": runs.overrides("custom", custom, *drafts, "trainer.total_training_steps=3"),
+        "states_stopped": runs.overrides("states_resumed", *LSTM, states, stop, "trainer.test_freq=3"),
+        "states_resumed": runs.overrides("states_resumed", *LSTM, states, "trainer.test_freq=3"),
+        "states_read": runs.overrides("states_read", *LSTM, states, "trainer.test_freq=3"),
+        "early": runs.overrides("early", *LSTM, *early),
+        "early_again": runs.overrides("early", *LSTM, *early),
+        "eagle3_plain": eagle3("eagle3_plain"),
+        "eagle3_written": eagle3("eagle3_written", kept),
+        "eagle3_read": eagle3("eagle3_read", kept, cut_otherwise),
         "mlp": runs.overrides(
             "mlp",
             "model.speculator_adapter={fqn: verl_speculator.adapters.MLPSpeculatorAdapter}",
@@ -208,6 +243,7 @@ def test_checkpoint_holds_the_speculator_and_no_base(runs, launched) -> None:
 
 
 def test_stopping_and_resuming_changes_nothing(runs, launched) -> None:
+    """Nor does it matter that half of these data are tokens."""
     for name, tensor in runs.weights("whole").items():
         assert torch.equal(tensor, runs.weights("stopped")[name]), name
     for step in range(4, STEPS + 1):
@@ -296,6 +332,38 @@ def test_the_mlp_speculator_trains_on_padded_batches(runs, launched) -> None:
     assert on_cpu["torch_dtype"] == "float32"
 
 
+def test_stops_early_and_keeps_the_best(runs, launched) -> None:
+    assert sorted(launched["early"]) == [1, 2, 3]
+    assert launched["early_again"] == {}
+    assert layout.complete_steps(runs.folder / "early") == [1, 3], "max_ckpt_to_keep=1, and the best"
+    best = Speculator.from_pretrained(runs.folder / "early").state_dict()
+    for name, tensor in Speculator.from_pretrained(runs.folder / "early" / "global_step_1").state_dict().items():
+        assert torch.equal(best[name], tensor), name
+
+
+def test_hidden_states_from_disk_train_like_those_of_the_base(runs, launched) -> None:
+    """To the last bit, in a run that stopped while it wrote them and went on, and in one that reads them."""
+    for name, tensor in runs.weights("whole").items():
+        assert torch.equal(tensor, runs.weights("states_resumed")[name]), name
+        assert torch.equal(tensor, runs.weights("states_read")[name]), name
+    written = launched["states_stopped"] | launched["states_resumed"]
+    assert [written[step]["perf/step_saved"] for step in range(1, STEPS + 1)] == [0] * STEPS
+    for step in range(1, STEPS + 1):
+        read = launched["states_read"][step]
+        assert 0 < read["perf/step_saved"] < 1
+        assert read["perf/base_seconds_saved"] > 0
+        assert read["train/loss"] == launched["whole"][step]["train/loss"]
+    assert launched["states_read"][STEPS]["val/loss"] == launched["whole"][STEPS]["val/loss"]
+
+
+def test_hidden_states_of_the_layers_that_an_algorithm_needs(launched) -> None:
+    plain, written, read = (launched[f"eagle3_{how}"] for how in ("plain", "written", "read"))
+    for step in (1, 2):
+        assert written[step]["train/loss"] == plain[step]["train/loss"]
+        assert read[step]["train/loss"] == pytest.approx(plain[step]["train/loss"], rel=1e-5)
+        assert read[step]["perf/base_seconds_saved"] > 0
+
+
 def test_killed_in_a_save_then_resumed_is_the_uninterrupted_run(runs, launched) -> None:
     assert min(launched["killed"]) == 3
     hidden = {path.name for path in (runs.folder / "killed").iterdir() if path.name.startswith(".")}
@@ -303,7 +371,10 @@ def test_killed_in_a_save_then_resumed_is_the_uninterrupted_run(runs, launched) 
     for name, tensor in runs.weights("whole").items():
         assert torch.equal(tensor, runs.weights("killed")[name]), name
 
-    [alone] = runs.run(1, runs.overrides("killed_one_process", *LSTM))
+    # One process reads what two have written.
+    states = f"data.hidden_states_cache={runs.folder / 'states'}"
+    [alone] = runs.run(1, runs.overrides("killed_one_process", *LSTM, states))
+    assert alone[STEPS]["perf/base_seconds_saved"] > 0
     assert min(alone) == 3
     for name, tensor in runs.weights("whole").items():
         torch.testing.assert_close(runs.weights("killed_one_process")[name], tensor, rtol=0, atol=2e-5)
@@ -321,16 +392,21 @@ def test_a_finished_run_does_nothing(launched) -> None:
 
 def test_ray_trains_like_torchrun_and_resumes_after_sigterm(runs, launched, verl_speculator) -> None:
     """The Ray twin: two workers, the same numbers."""
-    stopped = runs.overrides("ray", *LSTM, "trainer.save_freq=100", "trainer.n_gpus_per_node=2")
+    states = f"data.hidden_states_cache={runs.folder / 'states'}"
+    stopped = runs.overrides("ray", *LSTM, "trainer.save_freq=100", "trainer.n_gpus_per_node=2", states)
     first = run_process([sys.executable, STOPPED_RUN, "--ray", *stopped])
     assert first.returncode == 143, first.stdout[-3000:] + first.stderr[-6000:]
     assert "Stopped by SIGTERM after step 4: the same command goes on from there" in first.stdout
-    second = verl_speculator("train", "--ray", "--nproc", "2", *runs.overrides("ray", *LSTM))
+    completed = verl_speculator("data", "hidden-states", "--nproc", "2", *runs.overrides("ray", states))
+    assert "states: complete" in completed.stdout, completed.stdout[-3000:] + completed.stderr[-6000:]
+    second = verl_speculator("train", "--ray", "--nproc", "2", *runs.overrides("ray", *LSTM, states))
+    assert "of the base's layers only the first is loaded" in second.stdout
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-6000:]
 
     metrics, reference = metrics_of(first.stdout) | metrics_of(second.stdout), launched["whole"]
     assert sorted(metrics_of(second.stdout)) == [5, STEPS]
     for step in range(1, STEPS + 1):
+        assert metrics[step]["perf/base_seconds_saved"] > 0
         for name in ("train/loss", "train/grad_norm", "train/head_0/accuracy", "train/global_tokens"):
             assert metrics[step][name] == pytest.approx(reference[step][name], rel=1e-4)
     assert metrics[STEPS]["val/loss"] == pytest.approx(reference[STEPS]["val/loss"], rel=1e-4)

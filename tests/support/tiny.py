@@ -43,8 +43,10 @@ def write_base_model(
     family: str = "qwen2",
     tie: bool = True,
     seed: int = 0,
+    head_dim: int = 8,
     dtype: torch.dtype = torch.float32,
     stop_tokens: list[int] | None = None,
+    **changes: float,
 ) -> Path:
     """A randomly initialised model of two layers, large enough in scale that its hidden states differ."""
     config = AutoConfig.for_model(
@@ -55,13 +57,17 @@ def write_base_model(
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=256,
         tie_word_embeddings=tie,
         initializer_range=0.3,
+        **changes,
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)
     model.generation_config.eos_token_id = stop_tokens
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from verl_speculator.adapters.interface import SpeculatorAdapter
@@ -58,6 +58,10 @@ class ChainSpeculatorAdapter(SpeculatorAdapter):
         try:
             self._objective = Objective(weights, self._setting("objective_temperature"))
             normalised_weights(self._head_loss_weights, config.n_predict)
+            if self._setting("init_from_base") not in (True, False, "auto"):
+                raise ConfigError(
+                    f"init_from_base must be true, false or auto, not {self._setting('init_from_base')!r}"
+                )
             if self._setting("draft_vocab_size") is not None:
                 require_positive_int(self._setting("draft_vocab_size"), "draft_vocab_size")
             if self._setting("draft_vocab_path") is not None:
@@ -67,7 +71,7 @@ class ChainSpeculatorAdapter(SpeculatorAdapter):
 
     @property
     def needs(self) -> AdapterNeeds:
-        return AdapterNeeds(target_head_weight=self._objective.needs_target)
+        return AdapterNeeds(target_head=self._objective.needs_target)
 
     def build_speculator_module(self, model: nn.Module) -> ChainSpeculator:
         sizes = base_model_sizes(model)
@@ -87,6 +91,13 @@ class ChainSpeculatorAdapter(SpeculatorAdapter):
                 )
             speculator.set_draft_ids(ids)
         return speculator
+
+    @property
+    def starts_from_base(self) -> bool:
+        return self._setting("init_from_base") is not False
+
+    def start_from_base(self, embed_tokens: Tensor, lm_head: Tensor, generator: Generator) -> None:
+        self.speculator.start_from_base(embed_tokens, lm_head, generator)
 
     def get_optimizer_params(self) -> Iterable[nn.Parameter]:
         return self.speculator.parameters()

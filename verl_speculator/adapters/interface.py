@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from verl_speculator.adapters.needs import AdapterNeeds
 from verl_speculator.losses import (
@@ -67,6 +67,18 @@ class SpeculatorAdapter(ABC):
         """What the engine has to provide; read once `speculator` is set, on which it may depend."""
         return AdapterNeeds()
 
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether a fresh speculator takes something over from the base's matrices; `start_from_base` then does."""
+        return False
+
+    def start_from_base(self, embed_tokens: Tensor, lm_head: Tensor, generator: Generator) -> None:
+        """Change the fresh `speculator` by the base's embeddings and vocabulary matrix, [V, H] each.
+
+        One process calls this, before the speculator is sharded.
+        """
+        raise NotImplementedError
+
     def count_trained_positions(self, input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor) -> Tensor:
         """`[n_predict]`: positions that train each head, for the division above."""
         return count_trained_positions(loss_mask, cu_seqlens, self.speculator.n_predict)
@@ -74,8 +86,8 @@ class SpeculatorAdapter(ABC):
     def measure_acceptance(self, packed: PackedHiddenStates) -> dict[str, Tensor]:
         """What decoding along these sequences would accept, as sums; runs in validation only.
 
-        `packed.lm_head_weight` is set where the base's distribution is `softmax(hidden_states @ lm_head_weight.T)`.
-        An adapter that cannot tell leaves it empty.
+        `packed.target_head` is set where the base's distribution is known, and `packed.lm_head_weight` where that is
+        `softmax(hidden_states @ lm_head_weight.T)`. An adapter that cannot tell leaves it empty.
         """
         return {}
 

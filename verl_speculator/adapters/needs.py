@@ -17,6 +17,9 @@ class AdapterNeeds:
             uncut. Otherwise they divide it by trained tokens, which is more even.
         target_head_weight: `lm_head_weight` is set in training too, for soft targets. In validation it is set wherever
             the base's distribution is measured.
+            A base whose logits are more than states times that matrix is refused.
+        target_head: `target_head` is set in training too, for soft targets of a base that may scale, shift or cap its
+            logits.
         position_ids: `position_ids` is set.
     """
 
@@ -24,3 +27,4 @@ class AdapterNeeds:
     whole_sequences: bool = False
     target_head_weight: bool = False
     position_ids: bool = False
+    target_head: bool = False

@@ -29,6 +29,7 @@ SHARED_DEFAULTS: Mapping[str, Any] = {
     "head_loss_weights": None,
     "draft_vocab_size": None,
     "draft_vocab_path": None,
+    "init_from_base": "auto",
 }
 # Fields of a speculator's configuration that a user does not set: they come from the base model, or say what it is.
 _BASE_FIELDS = (

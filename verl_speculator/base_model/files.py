@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ _WEIGHTS = (
 
 # How a mixture of experts is told from a dense model.
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+# Of a file, for its fingerprint: how many samples of how many bytes.
+_SAMPLES, _SAMPLE_SIZE = 16, 1 << 14
 
 
 class BaseSizes(NamedTuple):
@@ -114,6 +118,29 @@ def read_base_sizes(name: str, *, key: str) -> BaseSizes | None:
         model_type=values.get("model_type"),
         tie_word_embeddings=values.get("tie_word_embeddings") is True,
     )
+
+
+def fingerprint_base(name: str) -> str | None:
+    """Of the weights in a base's folder; None where there are none: a name on a hub, a remote path."""
+    # As transformers prefers them. A folder has both forms at times, and an adapter's weights are not the base's.
+    weights = sorted(Path(name).glob("model*.safetensors")) or sorted(Path(name).glob("pytorch_model*.bin"))
+    return fingerprint_files(*weights)
+
+
+def fingerprint_files(*files: Path) -> str | None:
+    """Of sizes and of samples spread over each file, so that large files need not be read; None for no files."""
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file():
+            return None
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as stream:
+            for index in range(_SAMPLES):
+                # The first sample has the head of a safetensors file, the last one the foot of a parquet file.
+                stream.seek(max(size - _SAMPLE_SIZE, 0) * index // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_SIZE))
+    return digest.hexdigest() if files else None
 
 
 def _check_weights(folder: Path, key: str) -> None:

@@ -114,7 +114,23 @@ def load_target(base: str, settings: LoadSettings, tokenizer: Any) -> Target:
 
 def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """The tokens that end an answer: all that the model's generation config names, and the tokenizer's own."""
-    named = getattr(model.generation_config, "eos_token_id", None)
+    return _stop_tokens(model.generation_config, tokenizer)
+
+
+def read_stop_tokens(base: str, settings: LoadSettings, tokenizer: Any) -> tuple[int, ...]:
+    """`stop_tokens` of a model that is not loaded."""
+    from transformers import AutoConfig, GenerationConfig
+
+    try:
+        config = GenerationConfig.from_pretrained(base, revision=settings.revision or "main")
+    except OSError:
+        # An older model has them among its sizes.
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(base, **_source(settings)))
+    return _stop_tokens(config, tokenizer)
+
+
+def _stop_tokens(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
+    named = getattr(generation_config, "eos_token_id", None)
     tokens = named if isinstance(named, list) else [named]
     return tuple(sorted({token for token in (*tokens, tokenizer.eos_token_id) if token is not None}))
 

@@ -2,6 +2,7 @@
 
     <trainer.default_local_dir>/
         latest_checkpointed_iteration.txt      verl's name for the file that holds the newest step
+        best_checkpoint.txt                    the global_step_N that did best in validation, where a run looks for it
         global_step_N/
             speculator/      config.json, model.safetensors, pytorch_model.bin: what is served
             huggingface/     the base model (joint training only)
@@ -29,7 +30,7 @@ from itertools import count
 from pathlib import Path
 
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
-from verl_speculator.models.serialization import SUBFOLDER
+from verl_speculator.models.serialization import BEST_FILE, SUBFOLDER
 
 BASE_FOLDER = "huggingface"
 RESUME_FOLDER = "resume"
@@ -93,11 +94,18 @@ def clean_up(root: str | os.PathLike[str]) -> None:
         _remove(leftover)
 
 
-def keep_newest(root: str | os.PathLike[str], newest_step: int, keep: int | None) -> None:
-    """Remove all but the `keep` newest checkpoints up to `newest_step`; None or less than 1 keeps all."""
+def mark_best(root: str | os.PathLike[str], step: int) -> None:
+    """Name the checkpoint that `Speculator.from_pretrained` finds for the run's folder."""
+    partial = Path(root) / f".{BEST_FILE}.partial"
+    partial.write_text(f"{step_folder(root, step).name}\n")
+    os.replace(partial, Path(root) / BEST_FILE)
+
+
+def keep_newest(root: str | os.PathLike[str], newest_step: int, keep: int | None, best_step: int | None = None) -> None:
+    """Remove all but the `keep` newest checkpoints up to `newest_step`, and the best; None or less than 1 keeps all."""
     if not keep or keep < 1:
         return
-    older = [step for step in complete_steps(root) if step <= newest_step]
+    older = [step for step in complete_steps(root) if step <= newest_step and step != best_step]
     for step in older[:-keep]:
         _remove(_move_aside(step_folder(root, step)))
 

@@ -11,12 +11,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from verl_speculator.cli import base, eval, export, regenerate, serve, train, train_report
+from verl_speculator.cli import base, data, eval, export, regenerate, serve, train, train_report
 from verl_speculator.errors import SpeculatorError
 
 EXIT_USER_ERROR = 2
 _COMMANDS = {
     "base": base,
+    "data": data,
     "regenerate": regenerate,
     "train": train,
     "train-report": train_report,
@@ -62,8 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    # Options that `serve` does not know are vLLM's, and argparse takes no overrides of `train` that follow an option.
-    known = args.command == "serve" or (args.command == "train" and not any(text.startswith("-") for text in rest))
+    # Options that `serve` does not know are vLLM's, and argparse takes no overrides that follow an option.
+    takes_overrides = hasattr(args, "overrides") and not any(text.startswith("-") for text in rest)
+    known = args.command == "serve" or takes_overrides
     if rest and not known:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -51,9 +51,14 @@ def import_all(names: Sequence[str]) -> None:
         import_code(name, "--import")
 
 
-def add_decoding_arguments(group: Any, *, max_new_tokens: int, batch_size: int) -> None:
+def add_decoding_arguments(group: Any, *, max_new_tokens: int, batch_size: int | None) -> None:
     group.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="of an answer (default: %(default)s)")
-    group.add_argument("--batch-size", type=int, default=batch_size, help="prompts at once (default: %(default)s)")
+    group.add_argument(
+        "--batch-size",
+        type=int,
+        default=batch_size,
+        help=f"prompts at once (default: {batch_size or 'what the engine has use for'})",
+    )
     group.add_argument(
         "--temperature", type=float, default=_DEFAULTS.temperature, help="0 is greedy (default: %(default)s)"
     )
@@ -86,6 +91,6 @@ def add_load_arguments(group: Any) -> None:
 
 def settings_of(args: argparse.Namespace) -> EvaluationSettings:
     """Of a command whose flags have the names of its fields."""
-    return EvaluationSettings(
-        **{name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
-    )
+    values = {name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
+    values["num_draft_tokens"] = tuple(values.get("num_draft_tokens") or ())
+    return EvaluationSettings(**values)

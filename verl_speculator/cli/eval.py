@@ -73,8 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-draft-tokens",
         "--num-speculative-tokens",
         type=int,
+        action="append",
         metavar="K",
-        help="drafted per round (default: n_predict)",
+        help="drafted per round (default: n_predict); repeat to compare",
     )
     how.add_argument(
         "--draft-sampling",

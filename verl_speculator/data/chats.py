@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from verl_speculator.data.token_rows import check_token_columns, holds_tokens
 from verl_speculator.errors import ConfigError, DataError, MissingFileError
 
 Message = dict[str, Any]
+
+_TOOLS = "tools"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class Chat:
     row: int  # in its file, from 0
     asked: list[Message]
     answer: Message | None
+    tools: list[Any] | None = None
 
     @property
     def request(self) -> str:
@@ -48,30 +53,63 @@ def read_chats(files: Sequence[str], messages_key: str, limit: int | None = None
     for file in files:
         row = 0
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=256, columns=[messages_key]):
-                for messages in batch.column(0).to_pylist():
+            columns = [name for name in (messages_key, _TOOLS) if name in parquet.schema_arrow.names]
+            for batch in parquet.iter_batches(batch_size=256, columns=columns):
+                for values in batch.to_pylist():
                     if limit is not None and len(chats) == limit:
                         return chats
-                    chats.append(_chat(file, row, messages, key))
+                    chats.append(_chat(file, row, values[messages_key], values.get(_TOOLS), key))
                     row += 1
     if not chats:
         raise DataError(f"{key}: {', '.join(map(repr, files))} holds no chat")
     return chats
 
 
-def _chat(file: str, row: int, messages: Any, key: str) -> Chat:
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise DataError(f"{key}: {file!r}, row {row}, is not a list of messages")
-    # parquet fills the keys that only some messages have.
-    turns = [{name: value for name, value in message.items() if value is not None} for message in messages]
+def _chat(file: str, row: int, messages: Any, tools: Any, key: str) -> Chat:
+    where = f"{key}: {file!r}, row {row}"
+    turns = to_turns(messages, where)
     answer = turns.pop() if turns and turns[-1].get("role") == "assistant" else None
     # An assistant's turn that calls a tool may have no content.
     if not turns or not all("role" in turn and ("content" in turn or turn["role"] == "assistant") for turn in turns):
         raise DataError(
-            f"{key}: {file!r}, row {row}, has nothing to answer: a chat needs messages of {{role, content}} "
-            "before the assistant's last one"
+            f"{where}, has nothing to answer: a chat needs messages of {{role, content}} before the assistant's "
+            "last one"
         )
-    return Chat(file, row, turns, answer)
+    return Chat(file, row, turns, answer, to_tools(tools, where))
+
+
+def to_turns(messages: Any, where: str) -> list[Message]:
+    """Messages as a chat template takes them, of what parquet gives.
+
+    Raises:
+        DataError: It is no list of messages; the error begins with `where`.
+    """
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise DataError(f"{where}, is not a list of messages")
+    return [_without_nulls(message) for message in messages]
+
+
+def to_tools(tools: Any, where: str) -> list[Any] | None:
+    """The tools that a chat may call, from a list of their descriptions or from JSON of one; None where there are none.
+
+    Raises:
+        DataError: It is neither; the error begins with `where`.
+    """
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "null")
+        except ValueError as error:
+            raise DataError(f"{where}, has tools that are not JSON ({error})") from error
+    if tools is not None and not isinstance(tools, list):
+        raise DataError(f"{where}, must have a list of tools, not {type(tools).__name__}")
+    return _without_nulls(tools) or None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that parquet fills in, which has one set of them for all rows of a column."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def resolve_files(value: Any, key: str) -> list[str]:
@@ -138,3 +176,16 @@ def check_chat_file(file: str, messages_key: str, key: str, *, column_key: str =
     except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"{key}: {file!r} is not a readable parquet file ({reason})") from error
+
+
+def check_training_file(file: str, messages_key: str, key: str) -> float:
+    """As `check_chat_file`, for a file that may hold tokens instead of chats."""
+    if check_file(file, key):
+        try:
+            schema = pq.read_schema(file)
+            if holds_tokens(schema.names):
+                check_token_columns(schema, f"{key}: {file!r}")
+                return pq.read_metadata(file).num_rows
+        except (pa.ArrowException, OSError):
+            pass  # check_chat_file says what it is
+    return check_chat_file(file, messages_key, key)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from verl_speculator.data.chats import Chat, Message
+from verl_speculator.data.rendering import apply_template
 from verl_speculator.errors import ConfigError, DataError
 
 _MAX_ROWS_NAMED = 3
@@ -34,10 +35,11 @@ def encode_chats(chats: Sequence[Chat], tokenizer: Any) -> list[Prompt]:
     """
     prompts = []
     for chat in chats:
-        text, prompt_ids = encode_prompt(tokenizer, chat.asked, chat.where)
+        where = f"--data: {chat.where}"
+        text, prompt_ids = encode_prompt(tokenizer, chat.asked, where, tools=chat.tools)
         answer_ids: list[int] = []
         if chat.answer is not None:
-            both = _apply_template(tokenizer, [*chat.asked, chat.answer], chat.where, add_generation_prompt=False)
+            both = apply_template(tokenizer, [*chat.asked, chat.answer], where, tools=chat.tools)
             answer = both.removeprefix(text) if both.startswith(text) else str(chat.answer.get("content") or "")
             answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
             if tokenizer.eos_token_id in answer_ids:
@@ -46,19 +48,23 @@ def encode_chats(chats: Sequence[Chat], tokenizer: Any) -> list[Prompt]:
     return prompts
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Message], where: str) -> tuple[str, list[int]]:
-    """Text and tokens of a conversation up to where the assistant's next answer begins.
-
-    Args:
-        where: What errors call it: its file and row.
+def encode_prompt(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    where: str,
+    *,
+    tools: Sequence[Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[str, list[int]]:
+    """Text and tokens of a conversation up to where the assistant's next answer begins; arguments of `apply_template`.
 
     Raises:
         DataError: The template refuses it.
     """
-    text = _apply_template(tokenizer, messages, where, add_generation_prompt=True)
+    text = apply_template(tokenizer, messages, where, tools=tools, options=options, add_generation_prompt=True)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not tokens:
-        raise DataError(f"--data: {where}, makes a prompt without tokens")
+        raise DataError(f"{where}, makes a prompt without tokens")
     return text, tokens
 
 
@@ -109,12 +115,3 @@ def name_rows(prompts: Sequence[Prompt]) -> str:
     return (
         f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''} ({rows}{more}) {'are' if len(prompts) > 1 else 'is'}"
     )
-
-
-def _apply_template(tokenizer: Any, messages: Sequence[Message], where: str, **options: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
-    except Exception as error:
-        # A template is a program of the model's author, and what it raises has no common type.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DataError(f"--data: the chat template refuses {where} ({reason})") from error

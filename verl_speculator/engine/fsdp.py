@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +23,10 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine.utils import prepare_micro_batches
 
 from verl_speculator.engine.base_export import save_base_model
+from verl_speculator.engine.cached_states import without_layers
 from verl_speculator.engine.hidden_states import (
     drop_padding,
     output_embeddings,
@@ -36,7 +39,8 @@ from verl_speculator.engine.optimizer_config import adam_arguments, base_lr
 from verl_speculator.engine.packed_attention import attend_by_sequence
 from verl_speculator.engine.sequence_parallel import gather_sequence
 from verl_speculator.engine.speculator_engine import SpeculatorEngine, full_norm
-from verl_speculator.engine.target_head import FrozenHead, full_head_weight, why_not_plain
+from verl_speculator.engine.target_head import FrozenHead, full_head, target_head
+from verl_speculator.losses import TargetHead
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
@@ -49,8 +53,11 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
     def _build_module(self) -> nn.Module:
         # verl's loader accepts its own two model types only.
         self.model_config.model_type = "language_model"
+        settings = self._states_cache_settings
+        reads_all = settings is not None and settings.is_complete
         try:
-            return super()._build_module()
+            with without_layers(self.model_config.hf_config) if reads_all else nullcontext():
+                return super()._build_module()
         finally:
             self.model_config.model_type = MODEL_TYPE
 
@@ -64,24 +71,25 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
             if torch.distributed.get_rank() == 0:
                 print(attention)
         head = output_embeddings(module)
-        self._build_speculator(module, self._why_no_target_weight_of(head))
+        self._build_speculator(module, self._why_no_target_of_strategy())
         if self._needs_frozen_head:
-            self._frozen_head = FrozenHead(head.weight)
+            self._frozen_head = FrozenHead(target_head(self.model_config.hf_config, head.weight, head.bias))
         if self.is_base_frozen:
             replace_lm_head(module, self._seen)
             module.gradient_checkpointing_disable()
             module.requires_grad_(False)
         else:
             record_lm_head_input(module, self._seen)
-        record_layers(module, self._needs.aux_hidden_state_layer_ids, self._seen)
+        if self.cached_states is None or not self.cached_states.cache.is_complete:
+            record_layers(module, self._needs.aux_hidden_state_layer_ids, self._seen)
         module = super()._build_fsdp_module(module)
         self._shard_speculator(self.device_mesh, PrecisionType.to_dtype(precision.get("reduce_dtype", "fp32")))
         return module
 
-    def _why_no_target_weight_of(self, head: nn.Module) -> str | None:
+    def _why_no_target_of_strategy(self) -> str | None:
         if not self.is_base_frozen and self.engine_config.strategy == "fsdp":
             return "engine.strategy=fsdp flattens the vocabulary matrix of a base that trains"
-        return why_not_plain(self.model_config.hf_config, head)
+        return None
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         params = list(self.adapter.get_optimizer_params())
@@ -99,8 +107,11 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
     def _base_modules(self) -> list[nn.Module]:
         return [self.module]
 
-    def _trained_head_weight(self) -> Tensor:
-        return full_head_weight(self.module)
+    def _trained_head(self) -> TargetHead:
+        return full_head(self.module)
+
+    def _base_matrices(self, base: Any) -> tuple[Tensor, Tensor]:
+        return base.get_input_embeddings().weight, output_embeddings(base).weight
 
     # A step
 
@@ -108,7 +119,7 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         self, data: TensorDict, loss_function: Callable, forward_only: bool = False
     ) -> dict[str, Any]:
         self._begin_step(data)
-        with self._target_weight_gathered(forward_only):
+        with self._target_gathered(forward_only):
             super().forward_backward_batch(data, loss_function, forward_only)
         # A forward pass without a backward one leaves it gathered.
         cast(FSDPModule, self.speculator_unit).reshard()
@@ -117,14 +128,15 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Callable, forward_only: bool
     ) -> tuple[Tensor, dict[str, Any]]:
-        micro_batch = micro_batch.to(get_device_id())
-        model_inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
-        with self._autocast(), torch.no_grad() if self.is_base_frozen else nullcontext():
-            with self._seen.recording():
-                raw_output = self.module(**model_inputs, use_cache=False)
-            base_loss = self._base_loss(raw_output, output_args, micro_batch, loss_function)
-        states = self._packed_states(micro_batch, output_args)
+        in_host_memory, micro_batch = micro_batch, micro_batch.to(get_device_id())
+        if self.cached_states is None:
+            states, base_loss = self._run_base(micro_batch, loss_function)
+        else:
+            base_loss = None
+            states = self.cached_states.states(in_host_memory, partial(self._states_of, micro_batch))
         speculator_loss, sums = self._run_speculator(self._pack(states, micro_batch), forward_only)
+        if self.cached_states is not None:
+            sums = {**sums, **self.cached_states.sums}
         # FSDP averages gradients over all ranks, and each rank holds a different part of the global batch's loss.
         world_size = torch.distributed.get_world_size()
         loss = speculator_loss * world_size
@@ -136,15 +148,47 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         self._sums.record(sums, speculator_loss, base_loss)
         return loss, {"model_output": {}, "loss": 0.0, "metrics": {}}
 
+    def _run_base(self, micro_batch: TensorDict, loss_function: Callable | None) -> tuple[list[Tensor], Tensor | None]:
+        """What the adapter sees of the base's forward pass, each [T, H]; and the base's loss, if it trains."""
+        model_inputs, output_args = self.prepare_model_inputs(micro_batch=micro_batch)
+        with self._autocast(), torch.no_grad() if self.is_base_frozen else nullcontext():
+            with self._seen.recording():
+                raw_output = self.module(**model_inputs, use_cache=False)
+            base_loss = self._base_loss(raw_output, output_args, micro_batch, loss_function)
+        return self._packed_states(micro_batch, output_args), base_loss
+
+    def _states_of(self, micro_batch: TensorDict) -> list[Tensor]:
+        return self._run_base(micro_batch, None)[0]
+
+    @torch.no_grad()
+    def store_states(self, data: TensorDict) -> None:
+        """Compute and keep the hidden states of a batch, unless they are kept already; every rank calls this.
+
+        Args:
+            data: This rank's rows, as for `infer_batch`.
+        """
+        assert self.cached_states is not None
+        self.cached_states.begin_step(data)
+        if self.cached_states.reads_step:
+            return
+        tu.assign_non_tensor(data, sp_size=self.ulysses_sequence_parallel_size)
+        micro_batches, _ = prepare_micro_batches(
+            data, dp_group=self.get_data_parallel_group(), same_micro_num_in_dp=True
+        )
+        with self.eval_mode():
+            for micro_batch in micro_batches:
+                on_device = micro_batch.to(get_device_id())
+                self.cached_states.states(micro_batch, partial(self._states_of, on_device))
+
     def _autocast(self) -> Any:
         if self._autocast_dtype == torch.float32:
             return nullcontext()
         return torch.autocast(device_type=get_device_name(), dtype=self._autocast_dtype)
 
     def _base_loss(
-        self, raw_output: Any, output_args: dict[str, Any], micro_batch: TensorDict, loss_function: Callable
+        self, raw_output: Any, output_args: dict[str, Any], micro_batch: TensorDict, loss_function: Callable | None
     ) -> Tensor | None:
-        if self.is_base_frozen:
+        if self.is_base_frozen or loss_function is None:
             return None
         model_output = self.prepare_model_outputs(
             output=raw_output, output_args=output_args, micro_batch=micro_batch, logits_processor_func=loss_function

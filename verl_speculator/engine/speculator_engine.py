@@ -22,6 +22,7 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 
 from verl_speculator.adapters import AdapterNeeds, SpeculatorAdapter, build_speculator_adapter
+from verl_speculator.checkpoint.hidden_states import StatesCacheSettings
 from verl_speculator.checkpoint.layout import BASE_FOLDER
 from verl_speculator.checkpoint.training_state import (
     load_training_state,
@@ -29,13 +30,14 @@ from verl_speculator.checkpoint.training_state import (
     save_training_state,
 )
 from verl_speculator.engine.base_export import base_dtype
-from verl_speculator.engine.hidden_states import SeenStates
+from verl_speculator.engine.cached_states import CachedStates
+from verl_speculator.engine.hidden_states import SeenStates, output_embeddings
 from verl_speculator.engine.sequence_parallel import share_of_sequences, share_of_targets
 from verl_speculator.engine.speculator_unit import SpeculatorUnit, build_speculator, shard
 from verl_speculator.engine.step_sums import StepSums
-from verl_speculator.engine.target_head import FrozenHead
+from verl_speculator.engine.target_head import FrozenHead, why_not_plain, why_unknown
 from verl_speculator.errors import CheckpointError, ConfigError
-from verl_speculator.losses import PackedHiddenStates
+from verl_speculator.losses import PackedHiddenStates, TargetHead
 from verl_speculator.models.serialization import PREFIX
 from verl_speculator.platforms import cpu
 
@@ -50,6 +52,7 @@ class SpeculatorEngine(BaseEngine):
     Attributes:
         adapter: The speculator's type, with the speculator that trains.
         speculator_unit: Its sharded module.
+        cached_states: A frozen base's hidden states on disk, where the run keeps them; set by `initialize`.
     """
 
     model_config: Any
@@ -61,9 +64,12 @@ class SpeculatorEngine(BaseEngine):
     _compute_dtype: torch.dtype
     _seen: SeenStates
     _frozen_head: FrozenHead | None
-    _why_no_target_weight: str | None
+    _why_no_target: str | None
+    _why_not_plain: str | None
     _sums: StepSums
-    _target_weight: Tensor | None = None
+    _target: TargetHead | None = None
+    cached_states: CachedStates | None = None
+    _states_cache_settings: StatesCacheSettings | None = None
     # As it was published; in joint training it may train in another one.
     _base_dtype: torch.dtype | None
 
@@ -77,6 +83,10 @@ class SpeculatorEngine(BaseEngine):
     def is_base_frozen(self) -> bool:
         return self.model_config.freeze_base_model
 
+    def use_states_cache(self, settings: StatesCacheSettings) -> None:
+        """Keep the hidden states of the frozen base in a folder; to be called before `initialize`."""
+        self._states_cache_settings = settings
+
     # What an engine tells
 
     @abstractmethod
@@ -88,8 +98,16 @@ class SpeculatorEngine(BaseEngine):
         """This rank, and the number of ranks, of the group that holds the same batch and divides its loss."""
 
     @abstractmethod
-    def _trained_head_weight(self) -> Tensor:
-        """The vocabulary matrix [V, H] of a base that trains; every rank calls this."""
+    def _trained_head(self) -> TargetHead:
+        """The head of a base that trains; every rank calls this."""
+
+    @abstractmethod
+    def _base_matrices(self, base: nn.Module) -> tuple[Tensor, Tensor]:
+        """The base's embeddings and vocabulary matrix, [V, H] each, on rank 0; every rank calls this.
+
+        Args:
+            base: As in `_build_speculator`.
+        """
 
     @abstractmethod
     def _training_state(self) -> tuple[nn.Module, torch.optim.Optimizer, Any, nn.Module | None]:
@@ -104,12 +122,12 @@ class SpeculatorEngine(BaseEngine):
 
     # Building
 
-    def _build_speculator(self, base: nn.Module, why_no_target_weight: str | None) -> None:
+    def _build_speculator(self, base: nn.Module, why_no_target: str | None = None) -> None:
         """Make adapter and speculator, and settle what the engine has to provide.
 
         Args:
             base: The Hugging Face model, as it was loaded or without storage.
-            why_no_target_weight: Why its distribution is not known from its vocabulary matrix; None if it is.
+            why_no_target: Why this engine cannot tell its distribution; None if it can.
 
         Raises:
             ConfigError: the adapter needs what this base cannot give.
@@ -117,17 +135,25 @@ class SpeculatorEngine(BaseEngine):
         config = self.model_config
         self.adapter = build_speculator_adapter(config.speculator_adapter, config.speculator)
         self.adapter.speculator = build_speculator(self.adapter, base, config.speculator_path, self.engine_config.seed)
+        if config.speculator_path is None and self.adapter.starts_from_base:
+            matrices = self._base_matrices(base)
+            if torch.distributed.get_rank() == 0:
+                generator = torch.Generator().manual_seed(self.engine_config.seed)
+                self.adapter.start_from_base(*matrices, generator)
         self.speculator_unit = SpeculatorUnit(self.adapter)
         self._needs = self.adapter.needs
         self._seen = SeenStates()
         self._frozen_head = None
-        self._why_no_target_weight = why_no_target_weight
+        head = output_embeddings(base)
+        self._why_no_target = why_no_target or why_unknown(config.hf_config, head)
+        self._why_not_plain = self._why_no_target or why_not_plain(config.hf_config, head)
 
         name = f"model.speculator_adapter: a {type(self.adapter).__name__}"
-        if self._needs.target_head_weight and why_no_target_weight:
+        why = self._why_not_plain if self._needs.target_head_weight else self._why_no_target
+        if why and (self._needs.target_head_weight or self._needs.target_head):
             raise ConfigError(
                 f"{name} learns from the base model's own distribution, which is not known for this base because "
-                f"{why_no_target_weight}: choose another adapter or base"
+                f"{why}: choose another adapter or base"
             )
         num_layers = config.hf_config.get_text_config().num_hidden_layers
         beyond = [layer_id for layer_id in self._needs.aux_hidden_state_layer_ids if not 0 <= layer_id <= num_layers]
@@ -137,10 +163,21 @@ class SpeculatorEngine(BaseEngine):
                 f"give ids from 0 to {num_layers}"
             )
 
+        if self._states_cache_settings is not None:
+            rank, size = self._rank_among_sharers()
+            num_writers = torch.distributed.get_world_size() // size
+            self.cached_states = CachedStates(
+                self._states_cache_settings, self._state_keys(), config.hf_config, num_writers if rank == 0 else 0
+            )
+
     @property
     def _needs_frozen_head(self) -> bool:
-        wanted = self._needs.target_head_weight or self.model_config.measure_sampled_acceptance
-        return self.is_base_frozen and wanted and self._why_no_target_weight is None
+        wanted = self._learns_from_target or self.model_config.measure_sampled_acceptance
+        return self.is_base_frozen and wanted and self._why_no_target is None
+
+    @property
+    def _learns_from_target(self) -> bool:
+        return self._needs.target_head_weight or self._needs.target_head
 
     def _shard_speculator(self, mesh: Any, reduce_dtype: torch.dtype) -> None:
         shard(self.speculator_unit, mesh, MixedPrecisionPolicy(self._compute_dtype, reduce_dtype))
@@ -180,23 +217,29 @@ class SpeculatorEngine(BaseEngine):
 
     def _begin_step(self, data: TensorDict) -> None:
         self._sums = StepSums(self.adapter, data, self.get_data_parallel_group())
+        if self.cached_states is not None:
+            self.cached_states.begin_step(data)
 
     @contextmanager
-    def _target_weight_gathered(self, forward_only: bool) -> Iterator[None]:
+    def _target_gathered(self, forward_only: bool) -> Iterator[None]:
         """Have the base's vocabulary matrix at hand where it is asked for, in full and gathered once."""
-        wanted = self._needs.target_head_weight or (forward_only and self.model_config.measure_sampled_acceptance)
-        if not wanted or self._why_no_target_weight is not None:
+        wanted = self._learns_from_target or (forward_only and self.model_config.measure_sampled_acceptance)
+        if not wanted or self._why_no_target is not None:
             yield
             return
         try:
             if self._frozen_head is not None:
-                with self._frozen_head.gathered() as self._target_weight:
+                with self._frozen_head.gathered() as self._target:
                     yield
             else:
-                self._target_weight = self._trained_head_weight()
+                self._target = self._trained_head()
                 yield
         finally:
-            self._target_weight = None
+            self._target = None
+
+    @property
+    def _plain_target_weight(self) -> Tensor | None:
+        return None if self._target is None or self._why_not_plain else self._target.weight
 
     def _state_keys(self) -> list[int]:
         """What a forward pass records: the last states first, then those that the adapter asked for."""
@@ -217,7 +260,8 @@ class SpeculatorEngine(BaseEngine):
             input_ids=input_ids,
             loss_mask=micro_batch["loss_mask"].values(),
             cu_seqlens=cu_seqlens,
-            lm_head_weight=self._target_weight,
+            lm_head_weight=self._plain_target_weight,
+            target_head=self._target,
             head_counts=self._sums.head_counts,
             aux_hidden_states=torch.cat(aux, dim=1) if aux else None,
             position_ids=_position_ids(input_ids, cu_seqlens) if self._needs.position_ids else None,

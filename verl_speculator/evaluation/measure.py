@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from verl_speculator.base_model.loading import Target, explain_out_of_memory
 from verl_speculator.data.prompts import Prompt, left_pad
-from verl_speculator.decoding import DecodingResult, SamplingParams, generate, speculative_generate
+from verl_speculator.decoding import DecodingResult, NgramDrafter, SamplingParams, generate, speculative_generate
 from verl_speculator.evaluation.settings import EvaluationSettings
+from verl_speculator.models import ChainSpeculator
 
 _WARM_UP_TOKENS = 8
 
@@ -22,7 +24,10 @@ Report = Callable[[str, int, int], None]  # what is being done, done so far, in 
 
 @dataclass
 class Drafting:
-    """One way to draft, and what came of it: a result per batch, and the seconds that it took."""
+    """One way to draft, and what came of it: a result per batch, and the seconds that it took.
+
+    `weight_share` is what a round's drafts read of weights, over what the target reads for a token; None if unknown.
+    """
 
     label: str
     drafter: Any  # a speculator, or the prompt lookup
@@ -32,6 +37,7 @@ class Drafting:
     num_parameters: int = 0
     results: list[DecodingResult] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    weight_share: float | None = None
 
 
 @dataclass
@@ -58,6 +64,8 @@ def measure(
     measurement = Measurement(batches, [], [], drafted)
     with explain_out_of_memory("decoding", settings.memory_advice):
         _warm_up(target, drafted, [prompts[index] for index in batches[0]], settings)
+        for way in drafted:
+            way.weight_share = _weight_share(way, target)
         done = 0
         report("Decoding", done, len(prompts))
         for number, batch in enumerate(batches):
@@ -92,6 +100,22 @@ def _warm_up(target: Target, drafted: list[Drafting], prompts: list[Prompt], set
     """The first forwards of a process are slow: memory is allocated, kernels are chosen."""
     for way in (None, *drafted):
         _timed_decode(target, prompts, way, settings, min(_WARM_UP_TOKENS, settings.max_new_tokens), settings.seed)
+
+
+@torch.inference_mode()
+def _weight_share(way: Drafting, target: Target) -> float | None:
+    """For one row a matrix product does two operations for each weight that it reads: operations count weights."""
+    if isinstance(way.drafter, NgramDrafter):
+        return 0.0
+    if not isinstance(way.drafter, ChainSpeculator):
+        return None
+    token = torch.zeros(1, dtype=torch.long, device=target.device)
+    hidden = torch.zeros(1, way.drafter.config.input_hidden_dim, dtype=target.dtype, device=target.device)
+    with FlopCounterMode(display=False) as draft:
+        way.drafter.draft(hidden, token, way.num_draft_tokens)
+    with FlopCounterMode(display=False) as step:
+        target.model(input_ids=token[None])
+    return draft.get_total_flops() / step.get_total_flops()
 
 
 def _timed_decode(

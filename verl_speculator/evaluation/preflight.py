@@ -98,9 +98,9 @@ def read_speculator_configs(
                 config = SpeculatorConfig.from_dict(values)
             except ConfigError as error:
                 raise CheckpointError(f"{file} is not usable: {error}") from error
-        if settings.num_draft_tokens is not None and settings.num_draft_tokens > config.n_predict:
+        if (most := max(settings.num_draft_tokens, default=0)) > config.n_predict:
             raise ConfigError(
-                f"--num-draft-tokens={settings.num_draft_tokens} is more than the n_predict={config.n_predict} "
+                f"--num-draft-tokens={most} is more than the n_predict={config.n_predict} "
                 f"of the speculator in {path!r}: lower it"
             )
         if sizes is not None:

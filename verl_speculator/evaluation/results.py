@@ -68,6 +68,9 @@ class DrafterResult:
     num_identical: int | None
     speedup: Speedup
     speedup_predicted: float | None  # None where no output was long enough for a round
+    # Where reading weights is all that a forward pass costs, as on a GPU at few requests: one of several tokens then
+    # costs what one of a single token does. None where what a draft reads is not known.
+    speedup_memory_bound: float | None
     costs: Costs
     prompts: list[PromptResult]
 
@@ -131,6 +134,7 @@ _TOP_KEYS = (
     "speedup",
     "speedup_spread",
     "speedup_predicted",
+    "speedup_memory_bound",
     "accepted_lengths",
     "target_forwards_saved",
 )

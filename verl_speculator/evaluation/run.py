@@ -76,7 +76,7 @@ def _evaluate(given: EvaluationInput, settings: EvaluationSettings, report: Repo
 
     with explain_out_of_memory("loading the models", "use --dtype bfloat16, or a device with more memory"):
         target = load_target(given.base, settings, tokenizer)
-        longest = max(settings.num_draft_tokens or config.n_predict for config in configs)
+        longest = max(max(settings.num_draft_tokens, default=config.n_predict) for config in configs)
         lookup = Drafting("prompt lookup", NgramDrafter(longest), longest)
         drafted = [*_load_speculators(given, settings, target), lookup]
     measurement = measure(target, drafted, prompts, settings, report)
@@ -112,16 +112,18 @@ def _load_speculators(given: EvaluationInput, settings: EvaluationSettings, targ
             speculator = Speculator.from_pretrained(
                 speculator_folder(path), dtype=target.dtype, device=target.device
             ).eval()
-        drafted.append(
+        counts = settings.num_draft_tokens or (speculator.n_predict,)
+        drafted += [
             Drafting(
-                label=label,
+                label=label if len(counts) == 1 else f"{label}, {count} draft{'s' if count > 1 else ''}",
                 drafter=speculator,
-                num_draft_tokens=settings.num_draft_tokens or speculator.n_predict,
+                num_draft_tokens=count,
                 draft_sampling="random" if settings.draft_sampling == "random" else "greedy",
                 path=Path(path),
                 num_parameters=sum(parameter.numel() for parameter in speculator.parameters()),
             )
-        )
+            for count in counts
+        ]
     return drafted
 
 

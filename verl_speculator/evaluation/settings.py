@@ -17,7 +17,8 @@ class EvaluationSettings(LoadSettings):
 
     Attributes:
         num_prompts: The first so many rows of the data; None takes all. Its flag is `--limit`.
-        num_draft_tokens: Drafted per round; None takes each speculator's `n_predict`.
+        num_draft_tokens: Drafted per round; with several, each speculator is measured with each of them. Empty takes
+            its `n_predict`.
 
     Raises:
         ConfigError: A value that cannot work; the message names its flag.
@@ -25,7 +26,7 @@ class EvaluationSettings(LoadSettings):
 
     num_prompts: int | None = 64
     max_new_tokens: int = 128
-    num_draft_tokens: int | None = None
+    num_draft_tokens: tuple[int, ...] = ()
     batch_size: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
@@ -38,9 +39,12 @@ class EvaluationSettings(LoadSettings):
         super().__post_init__()
         for name in ("max_new_tokens", "batch_size", "num_prompts", "num_draft_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                shown = "--limit" if name == "num_prompts" else flag(name)
-                raise ConfigError(f"{shown} must be at least 1, got {value}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and number < 1:
+                    shown = "--limit" if name == "num_prompts" else flag(name)
+                    raise ConfigError(f"{shown} must be at least 1, got {number}")
+        if len(set(self.num_draft_tokens)) < len(self.num_draft_tokens):
+            raise ConfigError(f"--num-draft-tokens names the same number twice: {self.num_draft_tokens}")
         if not self.temperature >= 0:
             raise ConfigError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:

@@ -53,6 +53,11 @@ def summarize_drafting(
         num_identical=sum(identical) if is_greedy else None,
         speedup=paired_speedup(_ratios(measurement, drafting)),
         speedup_predicted=_predict(total.tokens_per_round, costs),
+        speedup_memory_bound=None
+        if drafting.weight_share is None
+        else predicted_speedup(
+            total.tokens_per_round, plain_step_cost=1, verify_cost=1, draft_cost=drafting.weight_share
+        ),
         costs=costs,
         prompts=[
             _prompt_result(prompt, result, row, same if is_greedy else None, target)

@@ -51,8 +51,8 @@ class _Drafts(NamedTuple):
 def acceptance_sums(speculator: ChainSpeculator, packed: PackedHiddenStates) -> dict[str, Tensor]:
     """Sums for `acceptance_metrics`, which may be added over batches and ranks; sequences must be whole.
 
-    Sampled verification is measured, at temperature 1, where `packed.lm_head_weight` gives the target's distribution:
-    `softmax(hidden_states @ lm_head_weight.T)`. Logits of both models exist for a few hundred rows at a time.
+    Sampled verification is measured, at temperature 1, where `packed.base_head` gives the target's distribution.
+    Logits of both models exist for a few hundred rows at a time.
     """
     starts_T = _round_starts(packed.loss_mask, packed.cu_seqlens)
     trained_PT = trained_positions(packed.loss_mask, packed.cu_seqlens, speculator.n_predict)
@@ -61,7 +61,7 @@ def acceptance_sums(speculator: ChainSpeculator, packed: PackedHiddenStates) -> 
     drafts = _teacher_forced(speculator, packed, inside_PT)
 
     sums = _closed_loop_sums("closed_loop", drafts.keeps_PT, inside_PT)
-    if packed.lm_head_weight is not None:
+    if packed.base_head is not None:
         sums |= _closed_loop_sums("closed_loop_sampled", drafts.follows_PT, inside_PT)
         reached_PT = torch.cat([torch.ones_like(drafts.follows_PT[:1]), drafts.follows_PT[:-1].cumprod(dim=0)])
         for i, overlap in enumerate((reached_PT * drafts.overlap_PT * inside_PT).sum(dim=1)):
@@ -136,13 +136,13 @@ def _measure_rows(
     draft_logits_NV = outputs_ND @ speculator.head_weight(head_index).T
     drafts_N = speculator.to_target_ids(draft_logits_NV.argmax(dim=1))
     columns.keeps_PT[head_index, positions_N] = (drafts_N == targets_N).float()
-    if packed.lm_head_weight is None:
+    head = packed.base_head
+    if head is None:
         return
     # Head i's target is the token that the target model predicts i + 1 positions further on.
     target_positions_N = (positions_N + head_index + 1).clamp(max=packed.num_tokens - 1)
-    target_logits_NV = (
-        packed.hidden_states[target_positions_N].to(packed.lm_head_weight.dtype) @ packed.lm_head_weight.T
-    )
+    states_NH = packed.hidden_states[target_positions_N].to(head.weight.dtype)
+    target_logits_NV = head.logits(states_NH, torch.promote_types(states_NH.dtype, torch.float32))
     draft_NV = speculator.to_target_logits(draft_logits_NV.float().log_softmax(dim=1))
     target_NV = target_logits_NV.float().log_softmax(dim=1)
     columns.overlap_PT[head_index, positions_N] = torch.minimum(draft_NV, target_NV).exp().sum(dim=1)

@@ -19,7 +19,7 @@ from verl_speculator.losses.alignment import (
 )
 from verl_speculator.losses.linear_cross_entropy import linear_cross_entropy
 from verl_speculator.losses.packed import PackedHiddenStates
-from verl_speculator.losses.soft_targets import HeadRows, Objective, TargetHead, soft_target_loss
+from verl_speculator.losses.soft_targets import HeadRows, Objective, soft_target_loss
 from verl_speculator.models import ChainSpeculator
 
 # One weight for each head, `{"decay": γ}`, `"adaptive"`, or None.
@@ -56,7 +56,7 @@ def speculator_loss(
     and ranks do not wait for one another in a sharded backward.
 
     Args:
-        objective: What each position's loss is; one that compares with the target needs `packed.lm_head_weight`.
+        objective: What each position's loss is; one that compares with the target needs `packed.base_head`.
         head_loss_weights: n_predict weights, used in proportion to their sum; `{"decay": γ}` weighs head i by γ^i;
             None weighs all heads alike. `"adaptive"` does too, and each position by the chance that verification
             reaches it, see `soft_targets`.
@@ -111,10 +111,9 @@ def speculator_loss(
     if objective.needs_target or head_loss_weights == "adaptive":
         target_head = None
         if objective.needs_target:
-            if packed.lm_head_weight is None:
-                raise DataError("an objective against the target's distribution needs lm_head_weight in the batch.")
-            ids = speculator.draft_ids
-            target_head = TargetHead(packed.lm_head_weight if ids is None else packed.lm_head_weight[ids])
+            if packed.base_head is None:
+                raise DataError("an objective against the target's distribution needs target_head in the batch.")
+            target_head = packed.base_head.at(speculator.draft_ids)
         target_states = _select(packed.hidden_states.detach(), rows.trained_positions[0] + 1)
         result = soft_target_loss(heads, target_states, target_head, objective, chunk_size=chunk_size)
         loss, row_losses, correct = result.loss, result.row_losses, result.correct

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from verl_speculator.errors import DataError
+from verl_speculator.losses.soft_targets import TargetHead
 
 
 @dataclass
@@ -19,7 +20,10 @@ class PackedHiddenStates:
         input_ids: [T], the tokens that the base model read.
         loss_mask: [T], 1 where a token is a target to learn and 0 elsewhere.
         cu_seqlens: [B + 1], where each sequence starts; `cu_seqlens[0]` is 0 and `cu_seqlens[-1]` is T.
-        lm_head_weight: [V, H], the base model's vocabulary matrix; in training only where the adapter needs it.
+        lm_head_weight: [V, H], the base model's vocabulary matrix, where its logits are nothing but states times it; in
+            training only where the adapter needs it.
+        target_head: The matrix and what the base does to its logits after it, whatever that is; in training only where
+            the adapter needs it.
         head_counts: [n_predict], trained positions of each head in the whole global batch. None says that this
             batch is the whole. An engine that cuts the batch into micro-batches or ranks must give it, or the
             loss depends on the cut.
@@ -39,9 +43,17 @@ class PackedHiddenStates:
     head_counts: Tensor | None = None
     aux_hidden_states: Tensor | None = None
     position_ids: Tensor | None = None
+    target_head: TargetHead | None = None
 
     def __post_init__(self) -> None:
         self.validate()
+
+    @property
+    def base_head(self) -> TargetHead | None:
+        """`target_head`, or what follows from `lm_head_weight`; None where neither is given."""
+        if self.target_head is None and self.lm_head_weight is not None:
+            return TargetHead(self.lm_head_weight)
+        return self.target_head
 
     @property
     def num_tokens(self) -> int:

@@ -110,8 +110,15 @@ class TargetHead(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, states_RH: Tensor, out: Tensor | None = None) -> Tensor:
-        logits = torch.mm(states_RH, self.weight.t(), out=out)
+    def at(self, ids: Tensor | None) -> TargetHead:
+        """The head for these tokens alone [V'], or for all of them if None."""
+        if ids is None:
+            return self
+        return self._replace(weight=self.weight[ids], bias=None if self.bias is None else self.bias[ids])
+
+    def logits(self, states_RH: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[R, V] from [R, H], of the states' type or of `dtype`, in which what follows the matrix is done."""
+        logits = torch.mm(states_RH, self.weight.t()).to(dtype or states_RH.dtype)
         if self.bias is not None:
             logits.add_(self.bias)
         if self.scale != 1.0:
@@ -293,7 +300,7 @@ def _weigh_by_reach(
 def _target_chunk(work: _Work, rows: slice, sum_dtype: torch.dtype) -> _TargetChunk | None:
     if work.target_head is None:
         return None
-    logits_CV = work.target_head.logits(work.target_states_MH[rows]).to(sum_dtype)
+    logits_CV = work.target_head.logits(work.target_states_MH[rows], sum_dtype)
     if work.objective.temperature != 1.0:
         logits_CV.div_(work.objective.temperature)
     logsumexp_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
@@ -338,7 +345,7 @@ def _row_losses(
         log_ratio_RV = None if target.log_probs_CV is None else logits_RV - target.log_probs_CV
     q_RV = torch.softmax(logits_RV, dim=1, out=logits_RV)
     # The largest probability is exp(max - logsumexp): see `linear_cross_entropy`.
-    logsumexp_R1 = max_logit_R1 - q_RV.amax(dim=1, keepdim=True).log_()
+    logsumexp_R1 = max_logit_R1 - q_RV.gather(1, drafts_R1).log_()
 
     # Of every term d/dz: q - onehot for ce.
     ce_R1 = logsumexp_R1 - label_logit_R1
@@ -350,8 +357,6 @@ def _row_losses(
     else:
         p_RV = target.probs_CV
         kl_R1 = logsumexp_R1 - expected_logit_R1 - target.entropy_C1
-        below_RV = torch.where(q_RV < p_RV, q_RV, 0.0)
-        below_R1 = below_RV.sum(dim=1, keepdim=True)
         overlap_R1 = torch.minimum(q_RV, p_RV).sum(dim=1, keepdim=True)
         rows.overlaps[own] = overlap_R1.squeeze(1)
         blend_R1 = torch.exp(-LK_ETA * overlap_R1)
@@ -362,6 +367,7 @@ def _row_losses(
         loss_R1 = loss_R1 + kl_weight_R1 * kl_R1 + tv_weight_R1 * (1 - overlap_R1)
         loss_R1 = loss_R1 - weights["nla"] * overlap_or_tiny_R1.log()
         tv_weight_R1 = tv_weight_R1 + weights["nla"] / overlap_or_tiny_R1
+        wants_overlap = any(weights[name] for name in ("tv", "nla", "lk"))
 
         # q - p for kl; q (S - [q < p]) for tv, with S the sum of q over q < p; q (log(q/p) - rkl) for rkl.
         reverse_RV = None
@@ -370,8 +376,15 @@ def _row_losses(
             rkl_R1 = torch.linalg.vecdot(q_RV, log_ratio_RV).unsqueeze(1)
             loss_R1 = loss_R1 + weights["rkl"] * rkl_R1
             reverse_RV = log_ratio_RV.sub_(rkl_R1).mul_(q_RV).mul_(weights["rkl"])
-        grad_RV = q_RV.mul_(ce_weight_R1 + kl_weight_R1 + tv_weight_R1 * below_R1)
-        grad_RV.addcmul_(p_RV, kl_weight_R1, value=-1.0).addcmul_(below_RV, tv_weight_R1, value=-1.0)
+        q_weight_R1 = ce_weight_R1 + kl_weight_R1
+        if wants_overlap:
+            below_RV = torch.where(q_RV < p_RV, q_RV, 0.0)
+            q_weight_R1 = q_weight_R1 + tv_weight_R1 * below_RV.sum(dim=1, keepdim=True)
+        grad_RV = q_RV.mul_(q_weight_R1)
+        if weights["kl"] or weights["lk"]:
+            grad_RV.addcmul_(p_RV, kl_weight_R1, value=-1.0)
+        if wants_overlap:
+            grad_RV.addcmul_(below_RV, tv_weight_R1, value=-1.0)
         if reverse_RV is not None:
             grad_RV.add_(reverse_RV)
     if weights["ce"]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from verl_speculator.errors import ConfigError
+from verl_speculator.models.base_start import BaseRows
 from verl_speculator.models.config import SpeculatorConfig, require_bool, require_positive_int
 from verl_speculator.models.draft_vocabulary import DraftVocabulary
 from verl_speculator.models.layers import for_head, scale_hidden_states
@@ -44,7 +45,12 @@ class ChainTrainingArguments:
         default=None, metadata={"help": "how much each head counts: a list, {decay: 0.8} or adaptive"}
     )
     draft_vocab_path: str | None = field(
-        default=None, metadata={"help": "a .npy file of V booleans instead: the tokens that it can draft"}
+        default=None,
+        metadata={"help": "a .npy file of V booleans, true for the tokens that it can draft (t2d.npy of Speculators)"},
+    )
+    init_from_base: Any = field(
+        default="auto",
+        metadata={"help": "embeddings and vocabulary matrix start from the base's: true, false, or auto for true"},
     )
 
 
@@ -64,7 +70,7 @@ class ChainSpeculatorConfig(SpeculatorConfig):
         default=True, metadata={"help": "heads share embedding, norm and vocabulary matrix; sum_lstm needs it"}
     )
     draft_vocab_size: int | None = field(
-        default=None, metadata={"help": "draft so many tokens only, those that the training data have most"}
+        default=None, metadata={"help": "how many tokens it can draft, the most frequent of the data; null for all"}
     )
 
     @property
@@ -151,6 +157,36 @@ class ChainSpeculator(DraftVocabulary, Speculator):
 
     def tied_copies(self) -> dict[str, str]:
         return {f"head.{i}": "head.0" for i in range(1, self.n_predict)} if self.heads_are_tied else {}
+
+    @torch.no_grad()
+    def start_from_base(self, embed_tokens: Tensor, lm_head: Tensor, generator: torch.Generator) -> None:
+        """Fill token embeddings and vocabulary matrices from the base's, as large as fresh weights are drawn.
+
+        Where `first_projection` gives one, it brings hidden states to the dimensions of the first vocabulary matrix.
+
+        Args:
+            embed_tokens: The base's [V, any width].
+            lm_head: The base's [V, any width]; of these rows those that can be drafted are taken.
+            generator: For the rotations of `BaseRows`: each table has its own.
+        """
+        ids = self.draft_ids
+        rows = BaseRows(lm_head if ids is None else lm_head[ids.to(lm_head.device)])
+        for i in range(len(self.head)):
+            weight, projection = self.head_weight(i), self.first_projection()
+            fitted, to_width = rows.fit(weight.shape[1], generator)
+            weight.copy_(fitted * self.init_std(weight))
+            if i == 0 and projection is not None and projection.shape == to_width.shape:
+                projection.copy_(to_width * self.init_std(projection))
+        rows = BaseRows(embed_tokens)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding) and module.num_embeddings == self.config.vocab_size:
+                # Piece by piece: of fused tables each is one.
+                for table in self.file_views({f"{name}.weight": module.weight}).values():
+                    table.copy_(rows.fit(table.shape[1], generator)[0] * self.init_std(table))
+
+    def first_projection(self) -> Tensor | None:
+        """The weight [D, H], or part of one, by which the first output follows most directly from hidden states."""
+        return None
 
     def embed_all(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """`embed` of each head's tokens, where all are known.

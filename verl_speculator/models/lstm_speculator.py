@@ -130,6 +130,15 @@ class ArcticLSTMSpeculator(ChainSpeculator):
         output = self.state_bridge[0](F.gelu(self.state_ln[0](cell)) * read)
         return (output, cell), output
 
+    def first_projection(self) -> torch.Tensor | None:
+        config = self.config
+        if len({*config.emb_widths, *config.proj_widths, *config.inner_widths}) > 1 or len(config.proj_widths) > 1:
+            return None
+        if self.is_lstm:
+            # Of the gates, the one whose content is not squashed into a factor.
+            return self.get_parameter("proj.0.weight").chunk(len(GATES))[GATES.index("cell")]
+        return self.get_parameter("proj.0.0.weight")
+
     def init_std(self, weight: torch.Tensor) -> float:
         return 1 / math.sqrt(min(weight.shape))
 

@@ -87,6 +87,9 @@ class MLPSpeculator(ChainSpeculator):
         output = F.gelu(for_head(self.ln, head_index)(mixed))
         return (output,), output
 
+    def first_projection(self) -> torch.Tensor:
+        return self.get_parameter("proj.0.weight")
+
     def init_std(self, weight: torch.Tensor) -> float:
         return 1 / math.sqrt(self.config.inner_dim)
 

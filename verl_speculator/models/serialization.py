@@ -28,6 +28,8 @@ INDEX_SUFFIX = ".index.json"
 # Whole files and the parts of sharded ones.
 WEIGHT_PATTERNS = ("model*.safetensors", "pytorch_model*.bin", f"*{INDEX_SUFFIX}")
 SUBFOLDER = "speculator"
+# In a run's folder: the name of the checkpoint that did best in validation.
+BEST_FILE = "best_checkpoint.txt"
 PREFIX = "speculator."
 MAX_NAMES_IN_ERROR = 5
 
@@ -63,10 +65,15 @@ class Weights(NamedTuple):
 
 
 def find_folder(path: str | os.PathLike[str]) -> Path:
-    """`path/speculator` where there is one (as in a global_step_N), else `path`; it holds a `config.json`."""
+    """`path/speculator` where there is one (as in a global_step_N), else `path`; it holds a `config.json`.
+
+    Of a run's folder that names its best checkpoint it is that one's.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a folder; a speculator folder holds {CONFIG_NAME} and weights.")
+    if (folder / BEST_FILE).is_file():
+        folder = folder / (folder / BEST_FILE).read_text().strip()
     inner = folder / SUBFOLDER
     if inner.is_dir():
         folder = inner

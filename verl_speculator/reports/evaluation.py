@@ -91,6 +91,8 @@ def render_page(result: EvaluationResult, runs: Sequence[tuple[str, Curves]] = (
 def _headline(result: EvaluationResult) -> list[Tile]:
     first = result.speculators[0]
     predicted = f"; predicted {times(first.speedup_predicted)}" if first.speedup_predicted is not None else ""
+    if first.speedup_memory_bound is not None:
+        predicted += f", and {times(first.speedup_memory_bound)} where reading weights is all that a forward costs"
     batches = plural(len(first.speedup.per_batch), "batch").replace("batchs", "batches")
     return [
         Tile(

@@ -54,6 +54,7 @@ def comparison_rows(result: EvaluationResult) -> list[Row]:
         row("target forwards saved", lambda d: Cell(percent(d.target_forwards_saved, 1), _forwards(d))),
         row("speed-up, measured", lambda d: Cell(times(d.speedup.median), _spread(d))),
         row("speed-up, predicted", lambda d: Cell(times(d.speedup_predicted))),
+        row("same, where memory-bound", lambda d: Cell(times(d.speedup_memory_bound), "predicted")),
         row("draft + verify a round", _round_cost),
         row("parameters", lambda d: Cell(count(d.num_parameters) if d.num_parameters else "none")),
     ]

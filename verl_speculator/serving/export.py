@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -12,14 +11,18 @@ from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.models import Speculator
 from verl_speculator.models.serialization import PREFIX, read_config, read_weights, write_folder
 from verl_speculator.serving.export_formats import EXPORT_FORMATS, ExportFormat, with_full_vocabulary
+from verl_speculator.serving.hub import CardFacts, model_card
 
 HUB = "hf"
 FORMATS = (*EXPORT_FORMATS, HUB)
-_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 def export_speculator(
-    source: str | Path, destination: str | Path, export_format: str, base_architecture: str | None = None
+    source: str | Path,
+    destination: str | Path,
+    export_format: str,
+    base_architecture: str | None = None,
+    card: CardFacts | None = None,
 ) -> Path:
     """Write the speculator in `source` to the new folder `destination`; returns that folder.
 
@@ -29,6 +32,7 @@ def export_speculator(
     Args:
         base_architecture: such as `LlamaForCausalLM`; Arctic Inference compares it with the base model. None takes it
             from the speculator's or its base model's `config.json`.
+        card: What the model card of `hf` says beside what the speculator's files hold.
 
     Raises:
         ConfigError: the engine cannot serve this configuration, or `destination` is not empty.
@@ -41,7 +45,7 @@ def export_speculator(
         raise ConfigError(f"--format must be one of {', '.join(FORMATS)}, not {export_format!r}.")
     speculator = Speculator.from_pretrained(source)
     if export_format == HUB:
-        return _export_for_hub(speculator, folder)
+        return _export_for_hub(speculator, folder, card or CardFacts())
     target = EXPORT_FORMATS[export_format]
     converted = target.convert(with_full_vocabulary(speculator))
     values = target.config_for(converted.config)
@@ -88,33 +92,12 @@ def _base_architectures(speculator: Speculator, given: str | None) -> list[str]:
     )
 
 
-def _export_for_hub(speculator: Speculator, folder: Path) -> Path:
+def _export_for_hub(speculator: Speculator, folder: Path, facts: CardFacts) -> Path:
+    card = model_card(speculator, facts)
     speculator.save_pretrained(folder, pytorch_bin=False)  # the hub warns of pickles, and safetensors is what is read
-    (folder / "README.md").write_text(_model_card(speculator), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
     again = Speculator.from_pretrained(folder)
     state = speculator.state_dict()
     if any(not torch.equal(state[name], tensor) for name, tensor in again.state_dict().items()):
         raise CheckpointError(f"{folder} does not read back as it was written: check the file system and export again.")
     return folder
-
-
-def _model_card(speculator: Speculator) -> str:
-    config = speculator.config
-    base = config.base_model_name_or_path
-    # A path on the machine that trained it means nothing on the hub. What is no name of the hub's could be YAML, or a
-    # command, where programs and readers take it from the card.
-    known = base if _HUB_NAME.fullmatch(base) else None
-    header = ["---", "library_name: verl_speculator", *([f"base_model: {known}"] if known else []), "---"]
-    count = sum(parameter.numel() for parameter in speculator.parameters())
-    lines = [
-        f"# Speculator for {known or 'its base model'}",
-        "",
-        f"A draft head of the kind `{config.architectures[0]}`: {config.n_predict} heads, {count / 1e6:.1f} M",
-        f"parameters, for a base model with hidden size {config.input_hidden_dim} and vocabulary {config.vocab_size}.",
-        "",
-        "```bash",
-        'pip install "verl_speculator[vllm]"',
-        f"verl-speculator serve {known or 'BASE'} --speculator THIS_REPOSITORY",
-        "```",
-    ]
-    return "\n".join([*header, "", *lines, ""])

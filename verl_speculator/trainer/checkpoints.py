@@ -10,7 +10,6 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -18,7 +17,7 @@ from typing import IO, Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.checkpoint import layout
-from verl_speculator.errors import ConfigError, SpeculatorError
+from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.processes import Processes
 from verl_speculator.trainer.resuming import ORIGIN_FILE, describe_origin
 
@@ -31,12 +30,27 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Position:
-    """How far a run has come; `samples` counts those of the current epoch over all ranks."""
+    """How far a run has come; `samples` counts those of the current epoch over all ranks.
+
+    The last three are for a run that stops early: the best validation, its step, and how many have followed it.
+    """
 
     global_step: int = 0
     epoch: int = 0
     samples: int = 0
     total_tokens: int = 0
+    best_value: float | None = None
+    best_step: int = 0
+    validations_since_best: int = 0
+
+    def note_validation(self, value: float) -> bool:
+        """Whether a validation of this step with this result, of which more is better, is the best so far."""
+        is_best = self.best_value is None or value > self.best_value
+        if is_best:
+            self.best_value, self.best_step, self.validations_since_best = value, self.global_step, 0
+        else:
+            self.validations_since_best += 1
+        return is_best
 
 
 class RunCheckpoints:
@@ -65,17 +79,17 @@ class RunCheckpoints:
         self._root = Path(config.trainer.default_local_dir)
         self._lock: IO[str] | None = None
         self.position = Position()
-        probe = self.on_first(self._take_folder)
+        probe = processes.on_first(self._take_folder)
         blind = processes.that_miss(probe)
-        self.on_first(lambda: self._check_shared(probe, blind))
+        processes.on_first(lambda: self._check_shared(probe, blind))
 
     def save(self) -> Path:
         """Write the checkpoint of `position`; its folder."""
         step = self.position.global_step
-        staging = self.on_first(lambda: layout.open_staging(self._root, step))
+        staging = self._processes.on_first(lambda: layout.open_staging(self._root, step))
         # Ends when every process has written its part.
         self._engine.save_checkpoint(local_path=str(staging), global_step=step)
-        return self.on_first(lambda: self._commit(staging, step))
+        return self._processes.on_first(lambda: self._commit(staging, step))
 
     def load_checkpoint(self) -> int:
         """Load what `trainer.resume_mode` asks for, if it is there; the step to go on from.
@@ -83,7 +97,7 @@ class RunCheckpoints:
         The name is that of verl's handler, which its trainers call once they are built.
         """
         trainer = self._config.trainer
-        folder = self.on_first(
+        folder = self._processes.on_first(
             lambda: layout.find_resume_path(self._root, trainer.resume_mode, trainer.resume_from_path)
         )
         if folder is None:
@@ -91,27 +105,9 @@ class RunCheckpoints:
         if self._processes.is_first:
             print(f"Resuming from {folder}")
         self._engine.load_checkpoint(str(folder))
-        position = self.on_first(lambda: json.loads((folder / _POSITION_FILE).read_text()))
+        position = self._processes.on_first(lambda: json.loads((folder / _POSITION_FILE).read_text()))
         self.position = Position(**position)
         return self.position.global_step
-
-    def on_first(self, act: Callable[[], T]) -> T:
-        """What the first process gets from `act`; if that fails there, no process goes on."""
-        result: Any = None
-        failure: Exception | None = None
-        if self._processes.is_first:
-            try:
-                result = act()
-            except (SpeculatorError, OSError) as error:
-                failure = error
-        # The failure itself stays here: not every error can be sent to another process.
-        failed, result = self._processes.from_first((failure is not None, result))
-        if failure is not None:
-            raise failure
-        if failed:
-            # The first process says why, once.
-            raise SystemExit(2)
-        return result
 
     def close(self) -> None:
         """Leave the folder to other runs."""
@@ -142,7 +138,10 @@ class RunCheckpoints:
         (staging / ORIGIN_FILE).write_text(json.dumps(self._origin, indent=2) + "\n")
         OmegaConf.save(self._config, staging / layout.RUN_CONFIG_FILE, resolve=True)
         folder = layout.commit(self._root, step)
-        layout.keep_newest(self._root, step, self._config.trainer.max_ckpt_to_keep)
+        best = self.position.best_step if self.position.best_value is not None else None
+        if best == step:
+            layout.mark_best(self._root, step)
+        layout.keep_newest(self._root, step, self._config.trainer.max_ckpt_to_keep, best)
         return folder
 
 

@@ -26,18 +26,47 @@ def launch(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool
     Raises:
         SpeculatorError: one sentence about the first thing that cannot work.
     """
-    command, environment = plan(overrides, num_processes=num_processes, use_ray=use_ray)
+    _become(*plan(overrides, num_processes=num_processes, use_ray=use_ray))
+
+
+def launch_hidden_states(overrides: Sequence[str], *, num_processes: int | None) -> NoReturn:
+    """Check the run, then replace this process by torchrun's, which writes the hidden states of its data.
+
+    Raises:
+        SpeculatorError: one sentence about the first thing that cannot work.
+    """
+    folder = load_config(overrides).data.hidden_states_cache
+    if folder is None:
+        raise ConfigError("data.hidden_states_cache must be given: the folder for the hidden states")
+    # Held by one command at a time, and with no checkpoint to go on from.
+    own = [f"trainer.default_local_dir={folder}", "trainer.resume_mode=disable"]
+    module = "verl_speculator.trainer.store_hidden_states"
+    _become(*plan([*overrides, *own], num_processes=num_processes, use_ray=False, module=module))
+
+
+def _become(command: list[str], environment: dict[str, str]) -> NoReturn:
     # The same process goes on under another name, so that signals and the exit status need no passing on.
     sys.stdout.flush()
     os.execve(command[0], command, environment)
 
 
-def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) -> tuple[list[str], dict[str, str]]:
-    """The command and the environment with which a run that has passed all checks is to be started."""
+def plan(
+    overrides: Sequence[str],
+    *,
+    num_processes: int | None,
+    use_ray: bool,
+    module: str = "verl_speculator.trainer.sft_trainer",
+) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment with which a run that has passed all checks is to be started.
+
+    Args:
+        overrides: As for `launch`; so are the next two.
+        module: What torchrun runs.
+    """
     if "LOCAL_RANK" in os.environ:
         if use_ray or num_processes is not None:
             raise ConfigError(f"{'--ray' if use_ray else '--nproc'} has no meaning under torchrun: leave it out")
-        return [sys.executable, "-m", "verl_speculator.trainer.sft_trainer", *overrides], dict(os.environ)
+        return [sys.executable, "-m", module, *overrides], dict(os.environ)
     config = load_config(overrides)
     # Only now: a mistyped key is answered before torch has been loaded.
     from verl_speculator.trainer.config.preflight import check_run
@@ -65,7 +94,7 @@ def plan(overrides: Sequence[str], *, num_processes: int | None, use_ray: bool) 
             raise ConfigError(f"--nproc={num_processes} is more than the {num_devices} devices of this machine")
         check_run(config, num_processes)
         arguments = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_processes}"]
-        arguments += ["-m", "verl_speculator.trainer.sft_trainer"]
+        arguments += ["-m", module]
     environment = dict(os.environ)
     if num_devices == 0:
         # One thread pool per process, together as wide as the machine.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -19,21 +20,28 @@ from verl.utils.tracking import Tracking
 from verl.workers.config import TrainingWorkerConfig
 
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
+from verl_speculator.checkpoint.hidden_states import StatesCacheSettings
 from verl_speculator.data.loading import PaddedEvaluation, ResumableSampler
+from verl_speculator.engine.cached_states import PREFIX
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.step_sums import SUMS_KEY
-from verl_speculator.models.serialization import SUBFOLDER
+from verl_speculator.errors import ConfigError
+from verl_speculator.models.serialization import BEST_FILE, SUBFOLDER
 from verl_speculator.trainer.checkpoints import Position, RunCheckpoints
 from verl_speculator.trainer.draft_vocabulary import choose_draft_vocabulary
+from verl_speculator.trainer.hidden_states import open_states_cache, plan
 from verl_speculator.trainer.metrics_log import MetricsLog
 from verl_speculator.trainer.processes import Processes
+from verl_speculator.trainer.rows import build_rows
+
+_TO_STOP_BY = ("closed_loop_acceptance_length", "acceptance_length")
 
 
 class SpeculatorTrainingLoop(ABC):
     """Mixed into verl's two `SFTTrainer` classes, which build configuration, dataset and workers.
 
-    verl calls `_build_dataloader`, `_build_engine` and `_build_ckpt_handler` from its constructor, in an order that
-    differs between the two, and then `ckpt_handler.load_checkpoint()`.
+    verl calls `_build_dataset`, `_build_dataloader`, `_build_engine` and `_build_ckpt_handler` from its constructor, in
+    an order that differs between the two, and then `ckpt_handler.load_checkpoint()`.
     """
 
     # From verl's trainers
@@ -53,6 +61,7 @@ class SpeculatorTrainingLoop(ABC):
     ckpt_handler: RunCheckpoints
     processes: Processes
     _adapter: SpeculatorAdapter
+    _states_cache: StatesCacheSettings | None = None
     _sigterm_received = False
     _is_profiling = False
 
@@ -91,6 +100,39 @@ class SpeculatorTrainingLoop(ABC):
         vocab_size = self.model_config.hf_config.get_text_config().vocab_size
         return choose_draft_vocabulary(self.config, self.train_dataset, vocab_size)
 
+    def prefetch_states(self, batch: Mapping[str, Any]) -> None:  # noqa: B027 - not every process has an engine
+        """Begin to read the hidden states of the batch after the next step, where that can be done from here."""
+
+    def _load_model(self) -> None:
+        """Have the workers build their engines, with hidden states on disk if the run keeps any."""
+        if self.config.data.hidden_states_cache is None:
+            self.training_client.reset()
+            return
+        revision = getattr(self.model_config.hf_config, "_commit_hash", None)
+        settings = self.processes.on_first(lambda: open_states_cache(self.config, revision))
+        self.training_client.use_states_cache(settings)
+        self.training_client.reset()
+        self._states_cache = settings
+        # A list from a group of workers.
+        sizes = self.training_client.states_bytes_per_token()
+        bytes_per_token = sizes if isinstance(sizes, int) else sizes[0]
+        datasets = [dataset for dataset in (self.train_dataset, self.val_dataset) if dataset is not None]
+        said = self.processes.on_first(lambda: plan(self.config, settings, bytes_per_token, datasets))
+        if self.processes.is_first:
+            print(said)
+
+    def _share_states(self) -> None:
+        if self._states_cache is not None:
+            self.training_client.share_states()
+
+    def _build_dataset(self) -> None:
+        data = self.config.data
+        readers = self.model_config.tokenizer, self.model_config.processor
+        self.train_dataset = build_rows(data, "train_files", data.train_max_samples, *readers)
+        self.val_dataset = None
+        if data.val_files:
+            self.val_dataset = build_rows(data, "val_files", data.val_max_samples, *readers)
+
     def _build_dataloader(self) -> None:
         data = self.config.data
         rank, num_shards = self.data_shard()
@@ -105,18 +147,21 @@ class SpeculatorTrainingLoop(ABC):
             num_workers=data.num_workers,
             collate_fn=SFTTensorCollator(data.pad_mode),
         )
-        self.val_dataloader = None
-        if self.val_dataset:
-            # The last batch too must be cut evenly, among ranks and into micro-batches.
-            multiple = self.data_parallel_size() * (1 if data.use_dynamic_bsz else data.micro_batch_size_per_gpu)
-            padded = PaddedEvaluation(self.val_dataset, multiple)
-            self.val_dataloader = DataLoader(
-                padded,
-                batch_size=self.global_batch_size // num_shards,
-                sampler=range(rank, len(padded), num_shards),
-                num_workers=data.num_workers,
-                collate_fn=SFTTensorCollator(data.pad_mode),
-            )
+        self.val_dataloader = self._evaluation_loader(self.val_dataset) if self.val_dataset else None
+
+    def _evaluation_loader(self, dataset: Any) -> DataLoader:
+        """Every row, on one of the processes."""
+        data, (rank, num_shards) = self.config.data, self.data_shard()
+        # The last batch too must be cut evenly, among ranks and into micro-batches.
+        multiple = self.data_parallel_size() * (1 if data.use_dynamic_bsz else data.micro_batch_size_per_gpu)
+        padded = PaddedEvaluation(dataset, multiple)
+        return DataLoader(
+            padded,
+            batch_size=self.global_batch_size // num_shards,
+            sampler=range(rank, len(padded), num_shards),
+            num_workers=data.num_workers,
+            collate_fn=SFTTensorCollator(data.pad_mode),
+        )
 
     def _plan_steps(self) -> None:
         """Steps an epoch and in all, and how often to validate and save; verl's meanings."""
@@ -172,27 +217,52 @@ class SpeculatorTrainingLoop(ABC):
             self._validate(position.global_step)
         if self.config.trainer.val_only:
             return not self.processes.is_any(self._sigterm_received)
-        if position.global_step >= self.total_training_steps:
+        if position.global_step >= self.total_training_steps or self._has_stopped_early(position):
             self._say(
                 f"Nothing to train: this run ended with step {position.global_step}, its results are in "
-                f"{self.config.trainer.default_local_dir}; to train longer raise trainer.total_epochs or "
-                "trainer.total_training_steps"
+                f"{self.config.trainer.default_local_dir}; to train longer raise trainer.total_epochs, "
+                "trainer.total_training_steps or, where it was set, trainer.early_stop_patience"
             )
             return True
+        patience = self.config.trainer.early_stop_patience
         for batch in self._batches(position):
             self._log(self._train_step(batch, position), position.global_step)
-            is_last = position.global_step >= self.total_training_steps
+            is_last, is_best = position.global_step >= self.total_training_steps, False
             if is_last or _is_due(self.test_freq, position.global_step):
-                self._validate(position.global_step)
+                value = self._validate(position.global_step)
+                if patience is not None:
+                    value = self.processes.largest(value)
+                    # One that SIGTERM broke off has no result, on any process.
+                    is_best = value > -math.inf and position.note_validation(value)
+                    if value == -math.inf and not self.processes.is_any(self._sigterm_received):
+                        raise ConfigError(
+                            "trainer.early_stop_patience: validation measures no acceptance length of this type of "
+                            "speculator, so leave it out"
+                        )
             # Asked at one point of every step: processes that saved at different ones would wait for each other.
             stops = self.processes.is_any(self._sigterm_received)
-            if is_last or stops or _is_due(self.save_freq, position.global_step):
+            ends = is_last or stops or self._has_stopped_early(position)
+            if ends or is_best or _is_due(self.save_freq, position.global_step):
                 folder = self.ckpt_handler.save()
                 self._say(f"Saved {folder / SUBFOLDER}")
-            if stops and not is_last:
-                self._say(f"Stopped by SIGTERM after step {position.global_step}: the same command goes on from there")
-                return False
+            if ends:
+                self._share_states()
+                self._say_why(position, is_last=is_last, stops=stops)
+                return is_last or not stops
         return True
+
+    def _has_stopped_early(self, position: Position) -> bool:
+        patience = self.config.trainer.early_stop_patience
+        return patience is not None and position.validations_since_best >= patience
+
+    def _say_why(self, position: Position, *, is_last: bool, stops: bool) -> None:
+        if self._has_stopped_early(position):
+            self._say(
+                f"Stopped after step {position.global_step}: {position.validations_since_best} validations in a row "
+                f"were no better than that of step {position.best_step}, to which {BEST_FILE} leads"
+            )
+        elif stops and not is_last:
+            self._say(f"Stopped by SIGTERM after step {position.global_step}: the same command goes on from there")
 
     def _batches(self, position: Position) -> Iterator[Any]:
         """Batches from `position` on, which is kept up to date, until the last step."""
@@ -209,7 +279,9 @@ class SpeculatorTrainingLoop(ABC):
             while position.global_step < self.total_training_steps:
                 self.train_sampler.set_epoch(position.epoch)
                 self.train_sampler.skip_once(position.samples)
-                for batch in self.train_dataloader:
+                for batch, following in _with_next(self.train_dataloader):
+                    if following is not None and self._states_cache is not None:
+                        self.prefetch_states(following)
                     # Ahead of the step, for a checkpoint saved while the caller has the batch.
                     position.global_step += 1
                     position.samples += self.global_batch_size
@@ -218,6 +290,7 @@ class SpeculatorTrainingLoop(ABC):
                     if position.global_step >= self.total_training_steps:
                         return
                 position.epoch, position.samples = position.epoch + 1, 0
+                self._share_states()
 
     def _train_step(self, batch: Mapping[str, Any], position: Position) -> dict[str, float]:
         data = self._tensordict(batch)
@@ -239,7 +312,8 @@ class SpeculatorTrainingLoop(ABC):
         if output is None:
             # Another rank has the outputs of these rows.
             return {}
-        metrics = self._summarize(output.pop(SUMS_KEY)[0])
+        sums = output.pop(SUMS_KEY)[0]
+        metrics = self._summarize(sums)
         metrics["loss"] = output.pop("loss")
         metrics |= {name: output.pop(name) for name in ("grad_norm", "lr", "mfu") if name in output}
         self._progress.set_postfix(loss=f"{metrics['loss']:.3f}", accept=f"{metrics.get('acceptance_length', 0):.2f}")
@@ -249,23 +323,34 @@ class SpeculatorTrainingLoop(ABC):
             "train/total_tokens(B)": position.total_tokens / 1e9,
             "perf/tokens_per_second": sum(seqlens) / seconds,
             "perf/step_seconds": seconds,
+            **_states_metrics(sums, seconds),
             **{name: value for name, value in output.items() if name.startswith("perf/")},
         }
 
-    def _validate(self, global_step: int) -> None:
-        """Log the averages over the whole validation set, unless SIGTERM comes."""
+    def _validate(self, global_step: int) -> float:
+        """Log the averages over the whole validation set, unless SIGTERM comes.
+
+        Returns:
+            The acceptance length that decoding along its answers would have, on the process that logs and if it was
+            measured; else minus infinity.
+        """
         totals: dict[str, float] = defaultdict(float)
         for batch in self.val_dataloader or ():
             if self.processes.is_any(self._sigterm_received):
                 # A scheduler grants seconds, and a validation can take minutes.
-                return
+                return -math.inf
             output = self.infer_batch(self._tensordict(batch))
             for name, value in (output[SUMS_KEY][0] if output is not None else {}).items():
                 totals[name] += value
-        if totals and self.is_logging():
-            # Losses of batches do not average to that of the whole; the sums do.
-            sums = {name: value for name, value in totals.items() if name not in ("speculator_loss", "base_loss")}
-            self._log({f"val/{name}": value for name, value in self._summarize(sums).items()}, global_step)
+        self._share_states()
+        if not totals or not self.is_logging():
+            return -math.inf
+        # Losses of batches do not average to that of the whole; the sums do.
+        sums = {name: value for name, value in totals.items() if name not in ("speculator_loss", "base_loss")}
+        metrics = self._summarize(sums)
+        self._log({f"val/{name}": value for name, value in metrics.items()}, global_step)
+        # Not every type of speculator can tell what decoding would do.
+        return next((metrics[name] for name in _TO_STOP_BY if name in metrics), -math.inf)
 
     def _summarize(self, sums: Mapping[str, float]) -> dict[str, float]:
         metrics = self._adapter.summarize_metrics(sums)
@@ -298,6 +383,28 @@ class SpeculatorTrainingLoop(ABC):
             self._tracking.log(data=metrics, step=global_step)
         if self._metrics_log is not None:
             self._metrics_log.append(global_step, metrics)
+
+
+def _with_next(batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Each with the one after it, or None after the last."""
+    iterator = iter(batches)
+    batch = next(iterator, None)
+    while batch is not None:
+        following = next(iterator, None)
+        yield batch, following
+        batch = following
+
+
+def _states_metrics(sums: Mapping[str, float], step_seconds: float) -> dict[str, float]:
+    """What a step that read hidden states did without, and waited for them."""
+    if f"{PREFIX}/saved_seconds" not in sums:
+        return {}
+    saved = sums[f"{PREFIX}/saved_seconds"]
+    return {
+        "perf/base_seconds_saved": saved,
+        "perf/states_wait_seconds": sums[f"{PREFIX}/wait_seconds"],
+        "perf/step_saved": saved / (saved + step_seconds),
+    }
 
 
 def _is_due(frequency: int, step: int) -> bool:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from verl_speculator.errors import SpeculatorError
+
+T = TypeVar("T")
 
 
 class Processes(ABC):
@@ -23,9 +28,31 @@ class Processes(ABC):
     def from_first(self, value: Any) -> Any:
         """The first process's value, on every process."""
 
+    def on_first(self, act: Callable[[], T]) -> T:
+        """What the first process gets from `act`; if that fails there, no process goes on."""
+        result: Any = None
+        failure: Exception | None = None
+        if self.is_first:
+            try:
+                result = act()
+            except (SpeculatorError, OSError) as error:
+                failure = error
+        # The failure itself stays here: not every error can be sent to another process.
+        failed, result = self.from_first((failure is not None, result))
+        if failure is not None:
+            raise failure
+        if failed:
+            # The first process says why, once.
+            raise SystemExit(2)
+        return result
+
     @abstractmethod
     def is_any(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
+
+    @abstractmethod
+    def largest(self, value: float) -> float:
+        """The largest value of any process."""
 
     @abstractmethod
     def that_miss(self, file: Path) -> list[int]:
@@ -48,6 +75,11 @@ class TorchrunProcesses(Processes):
         flags = torch.tensor([flag], dtype=torch.uint8)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
+
+    def largest(self, value: float) -> float:
+        values = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values.item()
 
     def that_miss(self, file: Path) -> list[int]:
         seen = torch.zeros(dist.get_world_size(), dtype=torch.uint8)
@@ -75,6 +107,9 @@ class RayDriver(Processes):
 
     def is_any(self, flag: bool) -> bool:
         return flag
+
+    def largest(self, value: float) -> float:
+        return value
 
     def that_miss(self, file: Path) -> list[int]:
         return [rank for rank, sees in enumerate(self._workers.sees(str(file))) if not sees]

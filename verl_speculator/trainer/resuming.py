@@ -7,14 +7,15 @@ logged or saved may change.
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from verl_speculator.base_model.files import fingerprint_base, fingerprint_files
 from verl_speculator.checkpoint.layout import RESUME_FOLDER, RUN_CONFIG_FILE
 from verl_speculator.data.chats import resolve_files
 from verl_speculator.errors import ConfigError
@@ -57,7 +58,6 @@ _TRAINING_KEYS = (
 # Written by verl's trainer, and longer when a run is to train longer.
 _LENGTHS = ("optim.total_training_steps",)
 
-_SAMPLES, _SAMPLE_SIZE = 16, 1 << 14
 _ABSENT = object()
 
 
@@ -66,14 +66,27 @@ def describe_origin(config: DictConfig) -> dict[str, list[dict[str, str | None]]
 
     A fingerprint is None where there is nothing to read on this machine: a name on a hub, a remote path.
     """
-    base = Path(str(config.model.path))
-    # As transformers prefers them. A folder has both forms at times, and an adapter's weights are not the base's.
-    weights = sorted(base.glob("model*.safetensors")) or sorted(base.glob("pytorch_model*.bin"))
     files = resolve_files(config.data.train_files, _DATA)
     return {
-        _BASE: [{"name": str(config.model.path), "fingerprint": _fingerprint(*weights)}],
-        _DATA: [{"name": file, "fingerprint": _fingerprint(Path(file))} for file in files],
+        _BASE: [{"name": str(config.model.path), "fingerprint": fingerprint_base(str(config.model.path))}],
+        _DATA: describe_files(files),
     }
+
+
+def describe_files(files: Sequence[str]) -> list[dict[str, str | None]]:
+    return [{"name": file, "fingerprint": fingerprint_files(Path(file))} for file in files]
+
+
+def first_difference(
+    items: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """The first of `describe_origin`'s items that is another than before, and what it was; None if all are the same."""
+    for item, was in zip_longest(items, before, fillvalue={"name": "nothing"}):
+        marks = item.get("fingerprint"), was.get("fingerprint")
+        # A folder may have moved: where both contents are known, they count.
+        if (marks[0] != marks[1]) if all(marks) else (item["name"] != was["name"]):
+            return item, was
+    return None
 
 
 def check_same_run(config: DictConfig, resume_from: Path) -> None:
@@ -136,11 +149,9 @@ def _check_same_origin(config: DictConfig, before: DictConfig, resume_from: Path
     for key, items in describe_origin(config).items():
         if key == _DATA and config.trainer.val_only:
             continue
-        for item, was in zip_longest(items, origin[key], fillvalue={"name": "nothing"}):
-            marks = item.get("fingerprint"), was.get("fingerprint")
-            # A folder may have moved: where both contents are known, they count.
-            if (marks[0] == marks[1]) if all(marks) else (item["name"] == was["name"]):
-                continue
+        difference = first_difference(items, origin[key])
+        if difference is not None:
+            item, was = difference
             has_changed = " as it was then" if item["name"] == was["name"] else ""
             raise ConfigError(
                 f"{key}={item['name']}, but {resume_from} was trained with {was['name']}{has_changed}: "
@@ -151,19 +162,3 @@ def _check_same_origin(config: DictConfig, before: DictConfig, resume_from: Path
 def _typed(value: Any) -> str:
     """As a user would give it."""
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
-def _fingerprint(*files: Path) -> str | None:
-    """Of sizes and of samples spread over each file, so that large files need not be read; None for no files."""
-    digest = hashlib.sha256()
-    for file in files:
-        if not file.is_file():
-            return None
-        size = file.stat().st_size
-        digest.update(str(size).encode())
-        with file.open("rb") as stream:
-            for index in range(_SAMPLES):
-                # The first sample has the head of a safetensors file, the last one the foot of a parquet file.
-                stream.seek(max(size - _SAMPLE_SIZE, 0) * index // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_SIZE))
-    return digest.hexdigest() if files else None

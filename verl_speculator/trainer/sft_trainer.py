@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from omegaconf import DictConfig
@@ -33,11 +35,11 @@ class SpeculatorSFTTrainer(SpeculatorTrainingLoop, SFTTrainer):
         # Now, since the model is not loaded before `reset`.
         self.ckpt_handler = RunCheckpoints(self.config, self.engine, self.processes)
         # Once for all: the others read the file. The engine has the same dictionary, and is not built yet.
-        self.model_config.speculator.update(self.ckpt_handler.on_first(self.chosen_draft_vocabulary))
+        self.model_config.speculator.update(self.processes.on_first(self.chosen_draft_vocabulary))
 
     def _init_engine(self) -> None:
         self._plan_steps()
-        self.training_client.reset()
+        self._load_model()
 
     def _build_ckpt_handler(self) -> None:
         """Built with the engine."""
@@ -50,6 +52,9 @@ class SpeculatorSFTTrainer(SpeculatorTrainingLoop, SFTTrainer):
 
     def is_logging(self) -> bool:
         return self.engine.is_mp_src_rank_with_outputs() and self.engine.get_data_parallel_rank() == 0
+
+    def prefetch_states(self, batch: Mapping[str, Any]) -> None:
+        self.engine.cached_states.prefetch(batch["input_ids"])
 
     def train_batch(self, batch: Any) -> dict[str, Any] | None:
         output = self.training_client.train_batch(data=batch)
@@ -68,17 +73,24 @@ def base_loss(**kwargs: Any) -> Any:
     return sft_loss(config=None, **kwargs)
 
 
-def train(config: DictConfig) -> bool:
-    """Train in this process and its torchrun siblings; whether to the end."""
+@contextmanager
+def in_process_group(config: DictConfig) -> Iterator[None]:
+    """With torchrun's processes joined, and what follows from the device filled into the configuration."""
     if cpu.is_active():
         cpu.init_process_group()
     else:
         initialize_global_process_group()
     try:
         apply_device(config)
-        return SpeculatorSFTTrainer(config=config).fit()
+        yield
     finally:
         destroy_global_process_group()
+
+
+def train(config: DictConfig) -> bool:
+    """Train in this process and its torchrun siblings; whether to the end."""
+    with in_process_group(config):
+        return SpeculatorSFTTrainer(config=config).fit()
 
 
 if __name__ == "__main__":

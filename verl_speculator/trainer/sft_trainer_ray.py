@@ -48,7 +48,7 @@ class SpeculatorSFTRayTrainer(SpeculatorTrainingLoop, SFTTrainer):
         self.processes = RayDriver(self.training_client)
         # Now, since the model is not loaded before `reset`.
         self.ckpt_handler = RunCheckpoints(self.config, self.training_client, self.processes)
-        self.training_client.reset()
+        self._load_model()
 
     def _build_ckpt_handler(self) -> None:
         """Built with the engine."""

@@ -8,6 +8,7 @@ from typing import Any
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import TrainingWorker
 
+from verl_speculator.checkpoint.hidden_states import StatesCacheSettings
 from verl_speculator.engine import register_megatron
 from verl_speculator.platforms import cpu
 from verl_speculator.trainer.config.megatron import check_packages
@@ -31,3 +32,18 @@ class SpeculatorTrainingWorker(TrainingWorker):
     def sees(self, file: str) -> bool:
         """Whether a file that the driver has just written is there for this worker."""
         return comes_to_sight(Path(file))
+
+    # The engine's hidden states on disk
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def use_states_cache(self, settings: StatesCacheSettings) -> None:
+        """Before `reset`, which loads the base."""
+        self.engine.use_states_cache(settings)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def states_bytes_per_token(self) -> int:
+        return self.engine.cached_states.bytes_per_token
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def share_states(self) -> None:
+        self.engine.cached_states.share()

@@ -169,7 +169,7 @@ def test_objective_comes_from_the_settings(base, packed, objective, weights) -> 
     settings = {**NARROW, "objective": objective, "objective_temperature": 0.5, "head_loss_weights": {"decay": 0.5}}
     adapter = LSTMSpeculatorAdapter(settings)
     adapter.speculator = adapter.build_speculator_module(base)
-    assert adapter.needs.target_head_weight
+    assert adapter.needs.target_head
     packed.lm_head_weight = torch.randn(40, packed.hidden_states.shape[1])
     loss, metrics = adapter.compute_speculator_loss(packed)
     expected = speculator_loss(
@@ -182,8 +182,8 @@ def test_objective_comes_from_the_settings(base, packed, objective, weights) -> 
 
 
 def test_hard_labels_need_nothing_of_the_target() -> None:
-    assert not LSTMSpeculatorAdapter(NARROW).needs.target_head_weight
-    assert not LSTMSpeculatorAdapter({**NARROW, "head_loss_weights": "adaptive"}).needs.target_head_weight
+    assert not LSTMSpeculatorAdapter(NARROW).needs.target_head
+    assert not LSTMSpeculatorAdapter({**NARROW, "head_loss_weights": "adaptive"}).needs.target_head
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_scaling_of_the_loss(run_benchmark) -> None:
 
 @pytest.mark.slow
 def test_step(run_benchmark) -> None:
-    variants = ["ours", "stacked", "dense_mask", "each"]
+    variants = ["ours", "stacked", "dense_mask", "each", "cached"]
     cut = ["--uneven", "--micro-batch-tokens", "32"]
     report = run_benchmark("bench_step.py", *STEP_SIZES, *cut, "--variants", *variants)
     rows, split = report["rows"], report["split"]
@@ -104,6 +104,12 @@ def test_step(run_benchmark) -> None:
     for row in rows:
         assert row["tokens_per_second"] == pytest.approx(64 / row["seconds_median"])
         assert report["losses"][row["variant"]] == pytest.approx(report["losses"]["ours"], rel=1e-4)
+
+    cache = report["states_cache"]
+    assert cache["bytes_per_token"] == 4 * 64
+    saved = sorted(cache["saved_fraction"] * step["seconds_median"] for step in rows if step["variant"] == "ours")
+    assert cache["saved_seconds"] == pytest.approx(saved[0])
+    assert cache["write_seconds"] > 0
 
     parts = {part["part"]: part for part in split["parts"]}
     assert list(parts) == ["backbone", "states", "vocabulary", "optimizer", "communication", "rest"]

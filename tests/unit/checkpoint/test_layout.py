@@ -14,6 +14,7 @@ import pytest
 
 from verl_speculator.checkpoint import layout
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
+from verl_speculator.models.serialization import find_folder
 
 CONTENTS = {
     "speculator/config.json": "{}",
@@ -231,6 +232,18 @@ def test_keeps_the_newest(tmp_path) -> None:
     layout.keep_newest(tmp_path, 100, None)
     layout.keep_newest(tmp_path, 100, 0)
     assert layout.complete_steps(tmp_path) == [20, 100]
+
+
+def test_the_best_is_kept_and_found(tmp_path) -> None:
+    for step in (5, 10, 20):
+        save(tmp_path, step)
+    layout.mark_best(tmp_path, 20)
+    layout.mark_best(tmp_path, 5)
+    layout.keep_newest(tmp_path, 20, 1, best_step=5)
+    assert layout.complete_steps(tmp_path) == [5, 20]
+    assert find_folder(tmp_path) == tmp_path / "global_step_5" / "speculator"
+    layout.clean_up(tmp_path)
+    assert find_folder(tmp_path) == tmp_path / "global_step_5" / "speculator"
 
 
 def test_steps_after_the_one_gone_back_to_are_kept(tmp_path) -> None:

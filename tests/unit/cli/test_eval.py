@@ -86,8 +86,8 @@ def test_json_in_a_file(run_eval, tmp_path, capsys) -> None:
     [
         ("eval", ["--limit", "7"], {"num_prompts": 7}),
         ("eval", ["--num-prompts", "7"], {"num_prompts": 7}),
-        ("eval", ["--num-draft-tokens", "2"], {"num_draft_tokens": 2}),
-        ("eval", ["--num-speculative-tokens", "2"], {"num_draft_tokens": 2}),
+        ("eval", ["--num-draft-tokens", "2", "--num-draft-tokens", "1"], {"num_draft_tokens": [2, 1]}),
+        ("eval", ["--num-speculative-tokens", "2"], {"num_draft_tokens": [2]}),
         ("regenerate", ["--limit", "7"], {"num_prompts": 7}),
         ("regenerate", ["--num-prompts", "7"], {"num_prompts": 7}),
         ("serve", ["--num-draft-tokens", "2"], {"num_draft_tokens": 2}),

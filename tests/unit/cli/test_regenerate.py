@@ -44,6 +44,18 @@ def test_writes_the_base_models_answers(base_model, chat_data, tmp_path, capsys)
             ["--device-map", "auto", "--device", "cpu"],
             "--device-map spreads the base over all devices: leave out --device=cpu",
         ),
+        (["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
+        (["--num-samples", "2"], "--num-samples above 1 needs --temperature above 0: greedy answers are all the same"),
+        (["--num-engines", "0"], "--num-engines must be at least 1, got 0"),
+        (
+            ["--tensor-parallel-size", "2", "--backend", "hf"],
+            "--tensor-parallel-size is for --backend vllm: leave it out",
+        ),
+        (
+            ["--endpoint", "http://x", "--backend", "hf"],
+            "give --backend or --endpoint, not both: the server has an engine of its own",
+        ),
+        (["--endpoint", "http://x", CPU], "--device is for --backend hf: give that too, or leave it out"),
         (["--chat-template", "absent.jinja"], "--chat-template: there is no file 'absent.jinja'"),
     ],
 )
@@ -60,3 +72,15 @@ def test_a_folder_that_is_not_there(base_model, chat_data, tmp_path, capsys):
 def test_data_that_is_not_there(base_model, tmp_path, capsys):
     assert regenerate(base_model, tmp_path / "absent.parquet", tmp_path / "out.parquet") == 2
     assert capsys.readouterr().err.startswith("error: --data:")
+
+
+def test_settings_of_the_template_are_json(base_model, chat_data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        regenerate(base_model, chat_data.val, tmp_path / "out.parquet", "--chat-template-kwargs", "[1]")
+    assert "argument --chat-template-kwargs: must be a JSON object, got '[1]'" in capsys.readouterr().err
+
+
+def test_vllm_where_it_is_not_installed(base_model, chat_data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert regenerate(base_model, chat_data.val, tmp_path / "out.parquet", "--backend", "vllm") == 2
+    assert capsys.readouterr().err.startswith("error: --backend vllm needs vLLM: pip install 'verl_speculator[vllm]'")

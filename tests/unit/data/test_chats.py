@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
 
-from verl_speculator.data.chats import check_chat_file, read_chats, resolve_files
+from verl_speculator.data.chats import check_chat_file, check_training_file, read_chats, resolve_files
 from verl_speculator.errors import ConfigError, DataError, MissingFileError
 
 KEY = "data.train_files"
@@ -135,3 +136,42 @@ def test_files_without_a_chat(chats) -> None:
     pq.write_table(pq.read_table(file).slice(0, 0), file)
     with pytest.raises(DataError, match=r"^data\.x: .* holds no chat"):
         read_chats([file], "messages", key="data.x")
+
+
+def test_a_file_of_tokens(tmp_path) -> None:
+    file = tmp_path / "tokens.parquet"
+
+    def write(**columns) -> str:
+        rows = {"input_ids": [[1, 2]], "loss_mask": [[0, 1]], "tokenizer": ["x"], **columns}
+        pq.write_table(pa.table({name: values for name, values in rows.items() if values}), file)
+        return str(file)
+
+    assert check_training_file(write(), "messages", KEY) == 1
+    with pytest.raises(DataError, match=r"^data\.train_files: .*tokens\.parquet' holds tokens and has no column 'tok"):
+        check_training_file(write(tokenizer=None), "messages", KEY)
+    with pytest.raises(DataError, match=r"column 'input_ids' must hold lists of integers, not list<.*string>"):
+        check_training_file(write(input_ids=[["w1"]]), "messages", KEY)
+    with pytest.raises(DataError, match="has no column 'messages', only input_ids, tokenizer"):
+        check_training_file(write(loss_mask=None), "messages", KEY)
+
+
+def test_any_other_training_file_is_one_of_chats(chat_data, tmp_path) -> None:
+    assert check_training_file(str(chat_data.train), "messages", KEY) == 64
+    assert check_training_file("hdfs://somewhere/train.parquet", "messages", KEY) == math.inf
+    (tmp_path / "bad.parquet").write_bytes(b"{}")
+    with pytest.raises(DataError, match="is not a readable parquet file"):
+        check_training_file(str(tmp_path / "bad.parquet"), "messages", KEY)
+
+
+def test_tools_of_a_chat(tmp_path) -> None:
+    file, tool = tmp_path / "chats.parquet", {"name": "add", "parameters": None}
+    for tools in ([tool], json.dumps([{"name": "add"}])):
+        pq.write_table(pa.table({"messages": [[USER]] * 2, "tools": [tools, None]}), file)
+        assert [chat.tools for chat in read_chats([str(file)], "messages")] == [[{"name": "add"}], None]
+    for tools, words in (
+        ("add(", "has tools that are not JSON"),
+        ('{"name": 1}', "must have a list of tools, not dict"),
+    ):
+        pq.write_table(pa.table({"messages": [[USER]], "tools": [tools]}), file)
+        with pytest.raises(DataError, match=rf"^--data: .*row 0, {words}"):
+            read_chats([str(file)], "messages")

@@ -48,7 +48,7 @@ def test_template_mistakes(chats) -> None:
     read = read_chats([chats([USER])], "messages", None)
     own = tiny_tokenizer()
     own.chat_template = "{{ raise_exception('only even turns') }}"
-    with pytest.raises(DataError, match=r"refuses .*row 0 \(only even turns\)"):
+    with pytest.raises(DataError, match=r"row 0: the chat template refuses it \(only even turns\)"):
         encode_chats(read, own)
     own.chat_template = "{# nothing #}"
     with pytest.raises(DataError, match=r"row 0, makes a prompt without tokens"):

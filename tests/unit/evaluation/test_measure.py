@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from verl_speculator.base_model.loading import Target
 from verl_speculator.data.chats import Chat
 from verl_speculator.data.prompts import Prompt
-from verl_speculator.decoding import DecodingResult, DecodingTimes
+from verl_speculator.decoding import DecodingResult, DecodingTimes, NgramDrafter
 from verl_speculator.evaluation import measure as measuring
 from verl_speculator.evaluation.measure import Drafting, by_prompt, measure
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.evaluation.summary import summarize_drafting, summarize_target
+from verl_speculator.models import MLPSpeculator, MLPSpeculatorConfig
 
 CHAT = Chat("f", 0, [{"role": "user", "content": "q"}], None)
 PROMPTS = [Prompt(CHAT, [1] * length, []) for length in (5, 2, 4, 3)]
@@ -95,6 +97,10 @@ def test_numbers_of_a_drafter(calls) -> None:
     # Plain: 3 s in 3 steps. A round: 0.5 / 2 of drafting and 1.5 / 2 of verifying.
     assert (summary.costs.plain_step, summary.costs.draft, summary.costs.verify) == (1.0, 0.25, 0.75)
     assert summary.speedup_predicted == pytest.approx(1.5)
+    assert summary.speedup_memory_bound is None
+    fast.weight_share = 0.25
+    weighed = summarize_drafting(measurement, fast, PROMPTS, TARGET, is_greedy=True)
+    assert weighed.speedup_memory_bound == pytest.approx(1.5 / 1.25)
     assert summary.prompts[0].pieces == [("a", 0, False), ("b", 1, True), ("c", 1, False), ("d", 2, False)]
 
     other = summarize_drafting(measurement, slow, PROMPTS, TARGET, is_greedy=True)
@@ -107,3 +113,22 @@ def test_numbers_of_the_target(calls) -> None:
     measurement, _, _ = run(calls, batch_size=2)
     health = summarize_target(measurement, 1.25, 10)
     assert (health.num_tokens, health.tokens_per_second, health.repeated_4grams) == (16, 2.0, 0.0)
+
+
+def test_a_draft_is_weighed_by_the_weights_that_it_reads(base_model) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32).eval()
+    sizes = model.config
+    # Two layers of attention and MLP, and lm_head; embeddings are looked up, norms are no matrices.
+    heads = sizes.num_attention_heads + 2 * sizes.num_key_value_heads + sizes.num_attention_heads
+    layer = sizes.hidden_size * (heads * sizes.head_dim + 3 * sizes.intermediate_size)
+    base_weights = sizes.num_hidden_layers * layer + sizes.hidden_size * sizes.vocab_size
+    config = MLPSpeculatorConfig(
+        vocab_size=sizes.vocab_size, input_hidden_dim=sizes.hidden_size, inner_dim=16, n_predict=3
+    )
+    target = Target(model, Letters(), (), torch.device("cpu"), torch.float32)
+    two = measuring._weight_share(Drafting("two", MLPSpeculator(config), 2), target)
+    draft_weights = 16 * sizes.hidden_size + 16 * 16 + 2 * 16 * sizes.vocab_size
+    # What attention itself multiplies is no weight: a hundredth for a single token.
+    assert two == pytest.approx(draft_weights / base_weights, rel=0.01)
+    assert measuring._weight_share(Drafting("lookup", NgramDrafter(2), 2), target) == 0
+    assert measuring._weight_share(Drafting("another", None, 2), target) is None

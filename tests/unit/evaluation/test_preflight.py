@@ -38,7 +38,7 @@ def given(base_model, chat_data, tmp_path):
 
 
 def test_everything_in_order(given) -> None:
-    check_input(given(), EvaluationSettings(num_draft_tokens=2))
+    check_input(given(), EvaluationSettings(num_draft_tokens=(1, 2)))
 
 
 def refuse(kind, message, given, **settings) -> None:
@@ -90,7 +90,7 @@ def test_speculator_of_another_base(given, tmp_path, changes, message) -> None:
 
 
 def test_more_drafts_than_heads(given) -> None:
-    refuse(ConfigError, "^--num-draft-tokens=3 is more than the n_predict=2", given(), num_draft_tokens=3)
+    refuse(ConfigError, "^--num-draft-tokens=3 is more than the n_predict=2", given(), num_draft_tokens=(2, 3))
 
 
 def test_data_without_chats(given, tmp_path) -> None:
@@ -149,13 +149,13 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_speculator_may_be_a_name_on_the_hub(hub, given) -> None:
-    check_input(given(speculators=("owner/speculator",)), EvaluationSettings(num_draft_tokens=2))
+    check_input(given(speculators=("owner/speculator",)), EvaluationSettings(num_draft_tokens=(2,)))
     assert preflight.speculator_folder("owner/speculator") == hub
     refuse(
         ConfigError,
         "--num-draft-tokens=3 .*'owner/speculator'",
         given(speculators=("owner/speculator",)),
-        num_draft_tokens=3,
+        num_draft_tokens=(3,),
     )
 
 

@@ -11,7 +11,8 @@ from verl_speculator.evaluation.settings import EvaluationSettings, label_paths
     [
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"num_prompts": 0}, "--limit must be at least 1, got 0"),
-        ({"num_draft_tokens": 0}, "--num-draft-tokens must be at least 1, got 0"),
+        ({"num_draft_tokens": (2, 0)}, "--num-draft-tokens must be at least 1, got 0"),
+        ({"num_draft_tokens": (2, 1, 2)}, "--num-draft-tokens names the same number twice"),
         ({"max_new_tokens": 0}, "--max-new-tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "--temperature must be"),
         ({"temperature": float("nan")}, "--temperature must be"),

@@ -402,7 +402,7 @@ def test_soft_losses_and_gradients_do_not_depend_on_micro_batches(head_loss_weig
 
 
 def test_soft_objective_without_the_target_is_refused():
-    with pytest.raises(DataError, match="needs lm_head_weight"):
+    with pytest.raises(DataError, match="needs target_head"):
         speculator_loss(_speculator("tiny_tied"), _batch(), objective=Objective({"kl": 1.0}))
 
 

@@ -51,6 +51,7 @@ def make_drafter(label: str, rounds: list[list[int]], *, k: int = 3, text: str =
         "num_identical": len(prompts),
         "speedup": Speedup(1.5, 1.25, 1.75, [1.25, 1.5, 1.75]),
         "speedup_predicted": 1.6,
+        "speedup_memory_bound": 1.8,
         "costs": Costs(plain_step=0.002, draft=0.001, verify=0.003, other=0.0005),
         "prompts": prompts,
     }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from verl_speculator.errors import ConfigError
 from verl_speculator.trainer.checkpoints import Position
 from verl_speculator.trainer.loop import SpeculatorTrainingLoop
 from verl_speculator.trainer.sft_trainer_ray import SpeculatorSFTRayTrainer
@@ -22,7 +23,8 @@ class Steps(SpeculatorTrainingLoop):
 
     def __init__(self, *, steps: int = 4, at: int = 0, profile: tuple[int, int] = (-1, -1), **trainer: Any) -> None:
         self.did: list[str] = []
-        settings = {"val_before_train": False, "val_only": False, "default_local_dir": "runs", "logger": [], **trainer}
+        settings = {"val_before_train": False, "val_only": False, "default_local_dir": "runs", "logger": []}
+        settings |= {"early_stop_patience": None, **trainer}
         self.config = OmegaConf.create(
             {"trainer": {"project_name": "p", "experiment_name": "e", **settings}, "data": {}}
         )
@@ -33,7 +35,7 @@ class Steps(SpeculatorTrainingLoop):
         self.training_client = SimpleNamespace(
             start_profile=lambda: self.did.append("profile"), stop_profile=lambda: self.did.append("end of profile")
         )
-        self.processes = SimpleNamespace(is_any=lambda flag: flag)
+        self.processes = SimpleNamespace(is_any=lambda flag: flag, largest=lambda value: value)
         self.ckpt_handler = SimpleNamespace(position=Position(at), save=self._save, close=lambda: None)
         self.train_sampler = SimpleNamespace(set_epoch=lambda epoch: None, skip_once=lambda samples: None)
         self.train_dataloader, self.val_dataloader = [{}] * 4, [{}] * 3
@@ -93,6 +95,36 @@ def test_sigterm_saves_and_stops(at, finished, done) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    ("accepted", "saved", "best"),
+    [
+        # Every best one is saved, and the last one, from which nothing goes on.
+        ([1.5, 2.0, 2.0, 1.9], [1, 2, 4], 2),
+        ([2.0, 1.0, 2.1, 1.0, 1.0], [1, 3, 5], 3),
+        ([1.0, 1.1, 1.2, 1.3, 1.4, 1.5], [1, 2, 3, 4, 5, 6], 6),
+    ],
+)
+def test_stops_when_validation_gains_nothing(accepted, saved, best, monkeypatch) -> None:
+    loop = Steps(steps=6, early_stop_patience=2)
+    loop.test_freq = 1
+    monkeypatch.setattr(loop, "_validate", lambda step: accepted[step - 1])
+    assert loop.fit() is True
+    assert [did for did in loop.did if did.startswith("save")] == [f"save {step}" for step in saved]
+    assert loop.ckpt_handler.position.best_step == best
+    assert loop.ckpt_handler.position.global_step == len(accepted)
+    # The same command again.
+    loop.did = []
+    assert loop.fit() is True
+    assert loop.did == []
+
+
+def test_an_early_stop_needs_something_to_stop_by(monkeypatch) -> None:
+    loop = Steps(steps=6, early_stop_patience=2)
+    loop.test_freq = 1
+    with pytest.raises(ConfigError, match=r"early_stop_patience: validation measures no acceptance length"):
+        loop.fit()
+
+
 def test_a_finished_run_trains_no_further_and_says_so(monkeypatch, capsys) -> None:
     loop = Steps(steps=2, at=2)
     monkeypatch.setattr(loop, "_say", print)
@@ -100,7 +132,7 @@ def test_a_finished_run_trains_no_further_and_says_so(monkeypatch, capsys) -> No
     assert loop.did == []
     assert capsys.readouterr().out == (
         "Nothing to train: this run ended with step 2, its results are in runs; to train longer raise "
-        "trainer.total_epochs or trainer.total_training_steps\n"
+        "trainer.total_epochs, trainer.total_training_steps or, where it was set, trainer.early_stop_patience\n"
     )
 
 

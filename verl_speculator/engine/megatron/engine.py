@@ -23,12 +23,13 @@ from verl.utils.megatron.optimizer import get_megatron_optimizer_param_scheduler
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.base import EngineRegistry
 
+from verl_speculator.engine.hidden_states import output_embeddings
 from verl_speculator.engine.megatron.base import BaseStep, load_base, save_base
 from verl_speculator.engine.megatron.step import MegatronSpeculatorStep
 from verl_speculator.engine.model_config import MODEL_TYPE
 from verl_speculator.engine.optimizer_config import adam_arguments, base_lr
 from verl_speculator.engine.speculator_engine import full_norm
-from verl_speculator.engine.target_head import FrozenHead, why_not_plain
+from verl_speculator.engine.target_head import FrozenHead
 from verl_speculator.errors import ConfigError
 
 
@@ -63,9 +64,12 @@ class MegatronEngineWithLMHeadAndSpeculator(MegatronSpeculatorStep):
             base = AutoModelForCausalLM.from_config(
                 self.model_config.hf_config, trust_remote_code=self.model_config.trust_remote_code
             )
-        self._build_speculator(base, why_not_plain(self.model_config.hf_config))
+        has_bias = getattr(output_embeddings(base), "bias", None) is not None
+        self._build_speculator(
+            base, "its output embeddings have a bias, and Megatron's have none" if has_bias else None
+        )
         if self._needs_frozen_head:
-            self._frozen_head = FrozenHead(self._trained_head_weight())
+            self._frozen_head = FrozenHead(self._trained_head())
         self._watch_base()
         mesh = init_device_mesh(get_device_name(), (torch.distributed.get_world_size(),))
         self._shard_speculator(mesh, torch.float32)

@@ -7,7 +7,7 @@ that layer's output as [B, S, ...]. Under sequence parallelism S is this rank's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state as mpu
@@ -122,22 +122,30 @@ def scale_gradient(tensor: Tensor, scale: float) -> Tensor:
 
 
 @torch.no_grad()
-def full_output_weight(model: Any, shape: tuple[int, int], dtype: torch.dtype, device: Any) -> Tensor:
-    """The vocabulary matrix [V, H] on every rank of a model-parallel group; all of them must call this.
+def full_matrix(
+    model: Any, which: Literal["embedding", "output"], shape: tuple[int, int], dtype: torch.dtype, device: Any
+) -> Tensor:
+    """The embeddings or the vocabulary matrix [V, H] on every rank of a model-parallel group; all must call this.
 
     Args:
         model: The rank's own part of the model.
+        which: Of the first pipeline stage the embeddings, of the last one the matrix of the output layer.
         shape: V and H.
         dtype: Of the result.
         device: Of the result.
     """
     full = torch.empty(shape, dtype=dtype, device=device)
-    if mpu.is_pipeline_last_stage():
-        is_tied = model.share_embeddings_and_output_weights
-        part = model.shared_embedding_or_output_weight() if is_tied else model.output_layer.weight
+    stage = 0 if which == "embedding" else mpu.get_pipeline_model_parallel_world_size() - 1
+    if mpu.get_pipeline_model_parallel_rank() == stage:
+        if which == "embedding":
+            part = model.embedding.word_embeddings.weight
+        elif model.share_embeddings_and_output_weights:
+            part = model.shared_embedding_or_output_weight()
+        else:
+            part = model.output_layer.weight
         group = mpu.get_tensor_model_parallel_group()
         torch.distributed.all_gather_into_tensor(full, part.detach().to(dtype).contiguous(), group=group)
-    broadcast_from_stage(full, mpu.get_pipeline_model_parallel_world_size() - 1)
+    broadcast_from_stage(full, stage)
     return full
 
 

@@ -31,14 +31,15 @@ from verl_speculator.engine.hidden_states import SeenStates
 from verl_speculator.engine.megatron.hidden_states import (
     StageStates,
     broadcast_from_stage,
-    full_output_weight,
+    full_matrix,
     record_output_layer_input,
     replace_output_layer,
     scale_gradient,
 )
 from verl_speculator.engine.speculator_engine import SpeculatorEngine
+from verl_speculator.engine.target_head import target_head
 from verl_speculator.errors import ConfigError
-from verl_speculator.losses import PackedHiddenStates
+from verl_speculator.losses import PackedHiddenStates, TargetHead
 
 
 class _Forwarded(NamedTuple):
@@ -99,11 +100,11 @@ class MegatronSpeculatorStep(SpeculatorEngine, MegatronEngineWithLMHead):
             self._forwarded = []
             with torch.no_grad():
                 super().forward_backward_batch(data, loss_function, forward_only=True)
-            with self._target_weight_gathered(forward_only):
+            with self._target_gathered(forward_only):
                 self._run_speculator_on(self._forwarded, forward_only)
         else:
             self._forwarded = None
-            with self._target_weight_gathered(forward_only), self._gathered_through_schedule():
+            with self._target_gathered(forward_only), self._gathered_through_schedule():
                 super().forward_backward_batch(data, loss_function)
         return self._sums.output(data, self.model_config.speculator_loss_coeff)
 
@@ -189,7 +190,8 @@ class MegatronSpeculatorStep(SpeculatorEngine, MegatronEngineWithLMHead):
             input_ids=token,
             loss_mask=token,
             cu_seqlens=torch.tensor([0, 1], device=token.device),
-            lm_head_weight=self._target_weight,
+            lm_head_weight=self._plain_target_weight,
+            target_head=self._target,
             head_counts=self._sums.head_counts,
             aux_hidden_states=states[:, size:] if num_states else None,
             position_ids=token if self._needs.position_ids else None,
@@ -230,10 +232,17 @@ class MegatronSpeculatorStep(SpeculatorEngine, MegatronEngineWithLMHead):
             size *= mpu.get_pipeline_model_parallel_world_size()
         return rank, size
 
-    def _trained_head_weight(self) -> Tensor:
+    def _trained_head(self) -> TargetHead:
+        weight = full_matrix(unwrap_model(self.module[-1]), "output", *self._matrix_layout())
+        return target_head(self.model_config.hf_config, weight)
+
+    def _base_matrices(self, base: nn.Module) -> tuple[Tensor, Tensor]:
+        embed_tokens = full_matrix(unwrap_model(self.module[0]), "embedding", *self._matrix_layout())
+        return embed_tokens, self._trained_head().weight
+
+    def _matrix_layout(self) -> tuple[tuple[int, int], torch.dtype, Any]:
         config = self.model_config.hf_config.get_text_config()
-        shape = (config.vocab_size, config.hidden_size)
-        return full_output_weight(unwrap_model(self.module[-1]), shape, self.param_dtype, get_device_id())
+        return (config.vocab_size, config.hidden_size), self.param_dtype, get_device_id()
 
 
 def _no_loss(output: Any) -> tuple[Tensor, dict]:

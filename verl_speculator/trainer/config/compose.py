@@ -331,8 +331,11 @@ def _resolve_paths(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value is not None:
             OmegaConf.update(config, key, list(map(absolute, value)) if OmegaConf.is_list(value) else absolute(value))
-    if isinstance(config.trainer.default_local_dir, str):
-        config.trainer.default_local_dir = os.path.abspath(os.path.expanduser(config.trainer.default_local_dir))
+    # These may be made yet.
+    for key in ("trainer.default_local_dir", "data.hidden_states_cache"):
+        folder = OmegaConf.select(config, key)
+        if isinstance(folder, str):
+            OmegaConf.update(config, key, os.path.abspath(os.path.expanduser(folder)))
 
 
 def quoted(text: str) -> str:

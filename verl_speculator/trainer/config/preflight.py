@@ -12,11 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from verl_speculator.adapters import SpeculatorAdapter, build_speculator_adapter
 from verl_speculator.base_model.files import BaseSizes, check_base_files
 from verl_speculator.checkpoint.layout import check_intact, find_resume_path
-from verl_speculator.data.chats import check_chat_file, check_file, resolve_files
+from verl_speculator.data.chats import check_file, check_training_file, resolve_files
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.trainer.config.compose import engine_name
 from verl_speculator.trainer.config.megatron import check_layout, check_packages
 from verl_speculator.trainer.config.rules import check_values
+from verl_speculator.trainer.hidden_states import check_states_cache
 from verl_speculator.trainer.resuming import check_same_run
 
 
@@ -55,6 +56,7 @@ def check_run(
         check_layout(config.engine, sizes)
     if config.model.speculator_path is not None and read_weights:
         _check_speculator(adapter, str(config.model.speculator_path), sizes, "model.speculator_path")
+    check_states_cache(config)
     _check_output(Path(config.trainer.default_local_dir))
     resume_from = find_resume_path(
         config.trainer.default_local_dir, config.trainer.resume_mode, config.trainer.resume_from_path
@@ -79,6 +81,8 @@ def _check_data(config: DictConfig) -> None:
     for key in ("val_only", "val_before_train"):
         if config.trainer[key]:
             raise ConfigError(f"trainer.{key}=true needs data.val_files")
+    if config.trainer.early_stop_patience is not None:
+        raise ConfigError("trainer.early_stop_patience needs data.val_files, of which it counts the validations")
 
 
 def _count_rows(data: DictConfig, name: str, limit: int) -> float:
@@ -89,7 +93,7 @@ def _count_rows(data: DictConfig, name: str, limit: int) -> float:
         for file in files:
             check_file(file, key)
         return math.inf
-    rows = sum(check_chat_file(file, data.messages_key, key) for file in files)
+    rows = sum(check_training_file(file, data.messages_key, key) for file in files)
     return min(rows, limit) if limit > 0 else rows
 
 

@@ -147,6 +147,9 @@ class _Data(_Section):
     val_max_samples: _Int
     use_dynamic_bsz: _Bool
     truncation: Annotated[str, _one_of("right", "error", why="verl cuts rows that are not padded at their end only")]
+    hidden_states_cache: _PathOrNull
+    hidden_states_dtype: _NumberType
+    hidden_states_cache_gb: _PositiveOrNull
     pad_mode: Annotated[str, _one_of("no_padding", why="to pad batches set model.use_remove_padding=false instead")]
 
     @model_validator(mode="after")
@@ -185,6 +188,7 @@ class _Trainer(_Section):
     n_gpus_per_node: _PositiveInt
     save_freq: _Frequency
     test_freq: _Frequency
+    early_stop_patience: _PositiveIntOrNull
     val_before_train: _Bool
     val_only: _Bool
 
@@ -210,6 +214,15 @@ class _Run(_Section):
     def _only_a_base_that_trains_has_a_learning_rate(self) -> Self:
         if self.optim.base_lr is not None and self.model.freeze_base_model:
             raise ConfigError("optim.base_lr has no meaning while model.freeze_base_model=true: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _states_are_kept_of_a_frozen_base(self) -> Self:
+        if self.data.hidden_states_cache is not None and not self.model.freeze_base_model:
+            raise ConfigError(
+                "data.hidden_states_cache needs model.freeze_base_model=true: a base that trains has other hidden "
+                "states after every step"
+            )
         return self
 
 
@@ -296,7 +309,14 @@ class _MegatronOptim(_Optim):
         return self
 
 
+class _MegatronData(_Data):
+    hidden_states_cache: Annotated[
+        None, _one_of(None, why="hidden states are kept with engine=fsdp optim=fsdp; what it writes, it reads")
+    ]
+
+
 class _MegatronRun(_Run):
+    data: _MegatronData
     model: _MegatronModel
     engine: _MegatronEngine
     optim: _MegatronOptim

@@ -16,6 +16,7 @@ from verl_speculator.checkpoint import layout
 from verl_speculator.errors import CheckpointError, ConfigError, DataError, MissingFileError, SpeculatorError
 from verl_speculator.trainer.config.compose import load_config
 from verl_speculator.trainer.config.preflight import check_run
+from verl_speculator.trainer.hidden_states import mark_complete, open_states_cache
 
 ADAPTER_FILE = """
 from verl_speculator.adapters import MLPSpeculatorAdapter, SpeculatorAdapter
@@ -431,3 +432,43 @@ def test_weights_can_be_left_unread(good_run, checkpoint) -> None:
 def test_validation_needs_data(refused, check, key) -> None:
     check(f"trainer.{key}=true")
     assert refused(f"trainer.{key}=true", "data.val_files=null") == f"trainer.{key}=true needs data.val_files"
+
+
+def test_hidden_states_of_something_else_are_refused(check, refused, good_run, tmp_path, chat_data) -> None:
+    """What is known before a device is: the base, the data, and what decides on the tokens of a row."""
+    folder = tmp_path / "states"
+    cache = f"data.hidden_states_cache={folder}"
+    check(cache)
+    assert not folder.exists(), "a check must leave nothing behind"
+    config = load_config([*good_run, cache, "+engine.mixed_precision={param_dtype: bf16}"])
+    settings = open_states_cache(config, revision=None)
+    assert (settings.dtype, settings.is_complete, settings.max_bytes) == ("bfloat16", False, None)
+    check(cache)
+    check(cache, "optim.lr=1", "data.train_batch_size=4", "model.speculator.n_predict=2", "data.val_files=null")
+    head = f"data.hidden_states_cache: {str(folder)!r} has the hidden states of "
+    assert refused(cache, "data.max_length=77").startswith(f"{head}data.max_length=1024, and this run has 77: give")
+    message = refused(cache, f"data.train_files={chat_data.val}", "data.train_batch_size=2")
+    assert message.startswith(f"{head}data.train_files={chat_data.train}, and this run has {chat_data.val}")
+    assert "data.hidden_states_dtype=bfloat16, and this run has float32" in refused(
+        cache, "data.hidden_states_dtype=fp32"
+    )
+
+    mark_complete(config)
+    assert open_states_cache(config, revision=None).is_complete
+    without = load_config([*good_run, cache, "+engine.mixed_precision={param_dtype: bf16}", "data.val_files=null"])
+    assert not open_states_cache(without, revision=None).is_complete
+    (folder / "cache.json").write_text("{")
+    assert "cache.json cannot be read" in refused(cache, error=CheckpointError)
+    assert "is not empty and has no cache.json" in refused(f"data.hidden_states_cache={chat_data.train.parent}")
+
+
+def test_an_early_stop_needs_validation(refused) -> None:
+    assert "needs data.val_files" in refused("trainer.early_stop_patience=2", "data.val_files=null")
+    assert "must be null or a positive integer" in refused("trainer.early_stop_patience=0")
+
+
+def test_hidden_states_are_kept_of_a_frozen_base_on_fsdp(refused, tmp_path) -> None:
+    cache = f"data.hidden_states_cache={tmp_path / 'states'}"
+    assert "needs model.freeze_base_model=true" in refused(cache, "model.freeze_base_model=false")
+    assert "with engine=fsdp" in refused(cache, "engine=megatron", "optim=megatron")
+    assert "data.hidden_states_cache_gb must be null or a positive" in refused(cache, "data.hidden_states_cache_gb=0")

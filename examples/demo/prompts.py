@@ -1,11 +1,14 @@
-"""Chat data from the Python standard library of the running interpreter: signature and docstring in, body out.
+"""The demo's prompts: functions of the Python standard library to be written, each given by signature and docstring.
 
-Every machine that can run the demo has this text already, so the demo downloads nothing. Whole modules go to one split,
-decided by a hash of the module's name: the held-out prompts come from modules that no model of the demo has seen.
+    python -m examples.demo.prompts FOLDER       # train.parquet, val.parquet, test.parquet with a `messages` column
+
+Whole modules go to one split, decided by a hash of the module's name: the held-out prompts come from modules that the
+speculator has not been trained on. The repository ships what Python 3.11 gives, since each release's library differs.
 """
 
 import ast
 import hashlib
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
@@ -21,7 +24,7 @@ SKIPPED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip"}
     | {"lib-dynload", "site-packages", "dist-packages", "__pycache__"}
 )
-# Shorter bodies (`return self._x`) end before a draft can pay; longer ones cost minutes of CPU time.
+# A body of one short line (`return self._x`) is hardly a task, and a very long one more than a small model can write.
 BODY_CHARS = range(60, 1001)
 MAX_REQUEST_CHARS = 700
 PERCENT_HELD_OUT = 4  # of the modules, for `val` and for `test` each
@@ -29,7 +32,7 @@ PERCENT_HELD_OUT = 4  # of the modules, for `val` and for `test` each
 
 @dataclass(frozen=True)
 class FunctionExample:
-    """One function of the library. `body` keeps the function's indentation, so `signature + body` is valid Python."""
+    """One function of the library; `signature + body` is valid Python. A prompt shows no body."""
 
     module: str
     name: str
@@ -39,10 +42,10 @@ class FunctionExample:
 
     @property
     def request(self) -> str:
-        return f'Complete `{self.name}` of module `{self.module}`.\n\n{self.signature}\n    """{self.summary}"""'
+        return f'Write this Python function.\n\n```python\n{self.signature}\n    """{self.summary}"""\n```'
 
     def as_row(self) -> dict[str, object]:
-        messages = [{"role": "user", "content": self.request}, {"role": "assistant", "content": self.body}]
+        messages = [{"role": "user", "content": self.request}]
         return {"module": self.module, "name": self.name, "messages": messages}
 
 
@@ -73,8 +76,7 @@ def split_of(module: str) -> str:
 def extract_functions(source: str, module: str) -> Iterator[FunctionExample]:
     """The documented functions and methods in `source`, with docstring and body apart.
 
-    The code is printed back from its syntax tree: without comments and with one layout for all authors, a model of a
-    million parameters spends its capacity on code rather than on habits of formatting.
+    The code is printed back from its syntax tree: signatures have one layout, whoever wrote them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in old modules are not the demo's business
@@ -105,7 +107,7 @@ def _indent(code: str) -> str:
 
 
 def collect_examples(root: Path, limit: int | None = None) -> list[FunctionExample]:
-    """All usable functions below `root`, each body once; `limit` keeps the first in an order unrelated to names."""
+    """All usable functions below `root`, each prompt once; `limit` keeps the first in an order unrelated to names."""
     examples: dict[str, FunctionExample] = {}
     for path in iter_source_files(root):
         try:
@@ -115,9 +117,9 @@ def collect_examples(root: Path, limit: int | None = None) -> list[FunctionExamp
             continue  # a few files hold other encodings or syntax of other versions on purpose
         for example in functions:
             if len(example.body) in BODY_CHARS and len(example.request) <= MAX_REQUEST_CHARS:
-                # The same body in a held-out module would be a prompt whose answer was trained on.
-                examples.setdefault(example.body, example)
-    ordered = sorted(examples.values(), key=lambda e: hashlib.sha256(e.body.encode()).digest())
+                # The same prompt in a held-out module would be one whose answer was trained on.
+                examples.setdefault(example.request, example)
+    ordered = sorted(examples.values(), key=lambda e: hashlib.sha256(e.request.encode()).digest())
     return ordered[:limit]
 
 
@@ -130,3 +132,7 @@ def write_splits(examples: Iterable[FunctionExample], folder: Path) -> dict[str,
     for split in SPLITS:
         pd.DataFrame(rows[split], columns=["module", "name", "messages"]).to_parquet(folder / f"{split}.parquet")
     return {split: len(rows[split]) for split in SPLITS}
+
+
+if __name__ == "__main__":
+    print(write_splits(collect_examples(stdlib_root()), Path(sys.argv[1])))

@@ -4,7 +4,7 @@ import textwrap
 import pandas as pd
 import pytest
 
-from examples.demo.stdlib_functions import (
+from examples.demo.prompts import (
     SPLITS,
     collect_examples,
     extract_functions,
@@ -82,7 +82,7 @@ def test_a_folder_named_test_above_the_library_does_not_hide_it(tmp_path):
 
 @pytest.fixture
 def library(tmp_path):
-    """Modules that share one long body and each have one of their own."""
+    """Modules that share one function and each have one of their own."""
     body = "\n".join(f"    value_{i} = compute(argument, {i})" for i in range(5))
     for index in range(60):
         own = f'def own_{index}(argument):\n    """Own."""\n{body}\n    return {index}\n'
@@ -93,11 +93,11 @@ def library(tmp_path):
     return tmp_path
 
 
-def test_a_body_is_taken_once_and_short_ones_never(library):
+def test_a_prompt_is_taken_once_and_short_functions_never(library):
     examples = collect_examples(library)
 
-    bodies = [example.body for example in examples]
-    assert len(bodies) == len(set(bodies)) == 61
+    requests = [example.request for example in examples]
+    assert len(requests) == len(set(requests)) == 61
     assert sum(example.name == "shared" for example in examples) == 1
     assert not any(example.name == "short" for example in examples)
 
@@ -116,7 +116,8 @@ def test_no_module_is_in_two_splits(library, tmp_path):
     assert all(split_of(module) == split for split in SPLITS for module in modules[split])
     assert not modules["train"] & modules["test"]
     row = pd.read_parquet(tmp_path / "data" / "train.parquet").iloc[0]
-    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    assert [message["role"] for message in row["messages"]] == ["user"]
+    assert row["messages"][0]["content"].startswith("Write this Python function.\n\n```python\ndef ")
 
 
 def test_splits_of_the_real_library_are_large_enough():
