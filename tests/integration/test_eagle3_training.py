@@ -1,4 +1,4 @@
-"""EAGLE-3, DFlash and the page's Medusa through the whole trainer, from a base to what is measured."""
+"""EAGLE-3, DFlash and the page's Medusa through the whole trainer: built, trained, saved, resumed, evaluated."""
 
 from __future__ import annotations
 

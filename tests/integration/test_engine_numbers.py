@@ -59,6 +59,9 @@ CASES = [
     Case("eagle3_padded", "llama_untied", "eagle3_plain", [*TWO_ROWS, *PADDED, *EAGLE3]),
     Case("eagle3_joint", "qwen2", "eagle3", [*PACKED, *JOINT, *EAGLE3, "model.detach_hidden_states=true"]),
     Case("needy_joint_padded", "qwen2", "lstm", [*TWO_ROWS, *PADDED, *JOINT, NEEDY]),
+    Case("compiled", "qwen2", "lstm", [*TWO_ROWS, "model.compile=true"]),
+    Case("compiled_padded", "llama_untied", "rnn", [*TWO_ROWS, *PADDED, "model.compile=true", NEEDY]),
+    Case("stays_gathered", "qwen2", "lstm", [*ONE_ROW, "engine.reshard_after_forward=auto"]),
     Case("kl", "qwen2", "lstm", [*ONE_ROW, KL]),
     Case("lk_untied", "llama_untied", "mlp_untied", [*PACKED, MLP, LK]),
     Case("drafts_one_row", "qwen2", "rnn_drafts", ONE_ROW),
@@ -83,6 +86,14 @@ BF16_CASES = [
 ]
 
 
+# Two groups of two processes: each group holds the whole speculator.
+HYBRID_CASES = [
+    Case("hybrid", "qwen2", "lstm", [*TWO_ROWS, "model.speculator_shard_size=2"]),
+    Case("hybrid_base", "llama_untied", "rnn", [*ONE_ROW, KL, "engine.fsdp_size=2"]),
+    Case("hybrid_joint", "qwen2", "lstm", [*PACKED, *JOINT, "engine.fsdp_size=2"]),
+    Case("whole", "qwen2", "lstm", [*TWO_ROWS, "model.speculator_shard_size=1"]),
+    Case("one_dimension", "qwen2", "lstm", TWO_ROWS),
+]
 FRESH_CASES = [Case("fresh", "llama_untied", "", FRESH), Case("fresh_tied_joint", "qwen2", "", [*FRESH, *JOINT])]
 
 
@@ -123,6 +134,25 @@ def test_frozen_base_has_no_part_in_training(case: Case, results) -> None:
     assert state["training"] is False, "a frozen base must not use dropout"
     assert state["optimizer_params"] == state["speculator_params"]
     assert state["base_modules"].count("lm_head") == 1, "the tap stands in lm_head's place"
+
+
+@pytest.fixture(scope="module")
+def hybrid(world, torchrun, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("hybrid")
+    torchrun(4, str(CASES_SCRIPT), str(write_cases(output / "cases.json", HYBRID_CASES, world)), str(output))
+    return output
+
+
+@pytest.mark.parametrize("case", HYBRID_CASES, ids=lambda case: case.name)
+def test_a_mesh_of_two_dimensions_trains_like_one(case: Case, world, hybrid) -> None:
+    check_loss_and_gradients(case, world, hybrid)
+
+
+def test_a_mesh_of_two_dimensions_gathers_within_a_group(hybrid) -> None:
+    """Gradients are reduced within the group and then between the groups."""
+    by_name = {case.name: read_state(hybrid, case)["collectives"] for case in HYBRID_CASES}
+    assert by_name["hybrid"]["allreduce_"] == by_name["one_dimension"]["allreduce_"] + 1
+    assert by_name["hybrid"]["_reduce_scatter_base_"] == by_name["one_dimension"]["_reduce_scatter_base_"]
 
 
 @pytest.mark.parametrize("name", ["packed_one_row", "joint_one_row"])

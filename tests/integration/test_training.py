@@ -142,9 +142,10 @@ def launched(runs, killed, terminated) -> dict[str, dict[int, dict[str, float]]]
     cut_otherwise = "data.max_token_len_per_gpu=512"
 
     def eagle3(name: str, *more: str) -> list[str]:
+        layers = "+model.speculator.target_layer_ids=[0,1,2]"
         settings = ["model.speculator_type=eagle3", "data.max_length=512", "trainer.total_training_steps=2", *more]
         # The shared ones are of heads.
-        return [text for text in runs.overrides(name, *settings) if not text.startswith("model.speculator.")]
+        return [*(text for text in runs.overrides(name, *settings) if not text.startswith("model.speculator.")), layers]
 
     mixed = f"data.train_files=[{runs.folder / 'tokens.parquet'},{runs.folder / 'chats.parquet'}]"
     table = {

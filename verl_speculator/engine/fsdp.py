@@ -27,6 +27,8 @@ from verl.workers.engine.utils import prepare_micro_batches
 
 from verl_speculator.engine.base_export import save_base_model
 from verl_speculator.engine.cached_states import without_layers
+from verl_speculator.engine.compilation import compile_base
+from verl_speculator.engine.gathering import fits_gathered
 from verl_speculator.engine.hidden_states import (
     drop_padding,
     output_embeddings,
@@ -63,9 +65,8 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
 
     def _build_fsdp_module(self, module: Any) -> nn.Module:
         precision = self.engine_config.mixed_precision or {}
-        self._compute_dtype = PrecisionType.to_dtype(
-            self.model_config.speculator_dtype or precision.get("param_dtype", "bf16")
-        )
+        base_dtype = PrecisionType.to_dtype(precision.get("param_dtype", "bf16"))
+        self._compute_dtype = PrecisionType.to_dtype(self.model_config.speculator_dtype or base_dtype)
         if self.use_remove_padding and self.model_config.attend_by_sequence:
             attention = attend_by_sequence(module)
             if torch.distributed.get_rank() == 0:
@@ -78,10 +79,15 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
             replace_lm_head(module, self._seen)
             module.gradient_checkpointing_disable()
             module.requires_grad_(False)
+            if self.model_config.compile:
+                compile_base(module)
         else:
             record_lm_head_input(module, self._seen)
         if self.cached_states is None or not self.cached_states.cache.is_complete:
             record_layers(module, self._needs.aux_hidden_state_layer_ids, self._seen)
+        if self.engine_config.reshard_after_forward == "auto":
+            reshards = not (self.is_base_frozen and fits_gathered(module, base_dtype))
+            self.engine_config = dataclasses.replace(self.engine_config, reshard_after_forward=reshards)
         module = super()._build_fsdp_module(module)
         self._shard_speculator(self.device_mesh, PrecisionType.to_dtype(precision.get("reduce_dtype", "fp32")))
         return module

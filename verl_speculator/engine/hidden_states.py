@@ -99,16 +99,31 @@ def record_layers(model: Any, layer_ids: Sequence[int], seen: SeenStates) -> Non
     """
     if not layer_ids:
         return
+    layers = decoder_layers(
+        model, f"model.speculator_adapter asks for the states of layers {', '.join(map(str, layer_ids))}"
+    )
+    record_layer_inputs(dict(enumerate(layers)), len(layers), layer_ids, seen)
+
+
+def decoder_layers(model: Any, why: str) -> nn.ModuleList:
+    """The decoder layers of a Hugging Face model.
+
+    Args:
+        model: Not yet wrapped by FSDP.
+        why: What they are wanted for.
+
+    Raises:
+        ConfigError: they were not found.
+    """
     num_layers = model.config.get_text_config().num_hidden_layers
     # The outermost list of that length: modules() gives a parent before what is in it.
     lists = (module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList))
     layers = next((module for module in lists if len(module) == num_layers), None)
     if layers is None:
         raise ConfigError(
-            f"model.path: the {num_layers} decoder layers of a {type(model).__name__} were not found, and "
-            f"model.speculator_adapter asks for the states of layers {', '.join(map(str, layer_ids))}"
+            f"model.path: the {num_layers} decoder layers of a {type(model).__name__} were not found, and {why}"
         )
-    record_layer_inputs(dict(enumerate(layers)), num_layers, layer_ids, seen)
+    return layers
 
 
 def record_layer_inputs(

@@ -21,7 +21,9 @@ class SpeculatorModelConfig(HFModelConfig):
     speculator_dtype: str | None = None
     save_pytorch_model_bin: bool = True
     speculator_loss_coeff: float = 1.0
+    speculator_shard_size: int | None = None
     gather_speculator_once: bool = True
+    compile: bool = False
     attend_by_sequence: bool = True
     freeze_base_model: bool = True
     detach_hidden_states: bool = False

@@ -194,7 +194,8 @@ def attend_by_sequence(model: Any) -> str:
             f"Packed sequences: {name} attends with {chosen} through a mask of all tokens by all tokens; "
             "flash-attn, or model.use_remove_padding=false, is faster for long batches."
         )
-    AttentionInterface.register(NAME, packed_attention)
+    # Its loop over sequences has another length in every batch, for each of which a compiled layer would compile anew.
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_attention))
     AttentionMaskInterface.register(NAME, packed_mask)
     model.set_attn_implementation(NAME)
     return f"Packed sequences: {name} attends sequence by sequence, without a mask of all tokens by all tokens."

@@ -31,9 +31,10 @@ from verl_speculator.checkpoint.training_state import (
 )
 from verl_speculator.engine.base_export import base_dtype
 from verl_speculator.engine.cached_states import CachedStates
+from verl_speculator.engine.compilation import compile_speculator
 from verl_speculator.engine.hidden_states import SeenStates, output_embeddings
 from verl_speculator.engine.sequence_parallel import share_of_sequences, share_of_targets
-from verl_speculator.engine.speculator_unit import SpeculatorUnit, build_speculator, shard
+from verl_speculator.engine.speculator_unit import SpeculatorUnit, build_speculator, shard, speculator_mesh
 from verl_speculator.engine.step_sums import StepSums
 from verl_speculator.engine.target_head import FrozenHead, why_not_plain, why_unknown
 from verl_speculator.errors import CheckpointError, ConfigError
@@ -142,6 +143,8 @@ class SpeculatorEngine(BaseEngine):
             if torch.distributed.get_rank() == 0:
                 generator = torch.Generator().manual_seed(self.engine_config.seed)
                 self.adapter.start_from_base(*matrices, generator)
+        if config.compile:
+            compile_speculator(self.adapter.speculator)
         self.speculator_unit = SpeculatorUnit(self.adapter)
         self._needs = self.adapter.needs
         self._seen = SeenStates()
@@ -182,6 +185,7 @@ class SpeculatorEngine(BaseEngine):
         return self._needs.target_head_weight or self._needs.target_head
 
     def _shard_speculator(self, mesh: Any, reduce_dtype: torch.dtype) -> None:
+        mesh = speculator_mesh(self.model_config.speculator_shard_size, mesh)
         layers = getattr(self.adapter.speculator, "layers", []) if self._gathers_layers_apart else []
         shard(self.speculator_unit, mesh, MixedPrecisionPolicy(self._compute_dtype, reduce_dtype), layers)
         if self._frozen_head is not None:

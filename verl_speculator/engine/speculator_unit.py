@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from verl.utils.device import get_device_name
 from verl.utils.fsdp_utils import fsdp2_load_full_state_dict
@@ -59,6 +60,22 @@ def build_speculator(adapter: SpeculatorAdapter, base: nn.Module, path: str | No
         # The type of its checkpoints' `speculator/`: bfloat16 is for the machines that it is fast on.
         speculator.config.torch_dtype = "float32"
     return speculator
+
+
+def speculator_mesh(shard_size: int | None, default: DeviceMesh) -> DeviceMesh:
+    """Over which processes a speculator is cut: `shard_size` neighbours, and all groups of these hold the same.
+
+    Args:
+        shard_size: `model.speculator_shard_size`; None takes the default.
+        default: The mesh of the base, or of all processes.
+    """
+    world_size = dist.get_world_size()
+    if shard_size is None:
+        return default
+    if shard_size == world_size:
+        return init_device_mesh(get_device_name(), (world_size,), mesh_dim_names=("shard",))
+    shape = (world_size // shard_size, shard_size)
+    return init_device_mesh(get_device_name(), shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(unit: nn.Module, mesh: Any, policy: MixedPrecisionPolicy, layers: Iterable[nn.Module] = ()) -> None:

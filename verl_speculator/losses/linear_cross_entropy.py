@@ -15,10 +15,10 @@ from torch.autograd.function import once_differentiable
 
 # Larger chunks make the weight gradient, [V, D], be read and written less often; smaller ones save memory. At V = 32000
 # and D = 1024 on an AMD EPYC core, 128 rows reach 84 % of torch.matmul's peak, 256 rows 92 %, and 512 to 2048 rows 93
-# to 95 %: 64 MiB of float32 logits are enough. The accelerators' figure is not tuned: more rows, since they have wider
-# matrix units and the memory for them.
-_CHUNK_BYTES = {"cpu": 64 * 2**20}
-_ACCELERATOR_CHUNK_BYTES = 512 * 2**20
+# to 95 %: 64 MiB of float32 logits are enough. The accelerators' share is not tuned: 512 MiB of 80 GiB, more than on a
+# CPU since they have wider matrix units, and less on one with less memory.
+_CPU_CHUNK_BYTES = 64 * 2**20
+_ACCELERATOR_SHARE = 1 / 160
 _MIN_CHUNK_ROWS = 256
 
 
@@ -79,10 +79,18 @@ def matmul_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+@functools.cache
+def chunk_bytes(device_type: str) -> int:
+    """The logits that may exist at a time, by the memory of the device."""
+    if device_type == "cpu":
+        return _CPU_CHUNK_BYTES
+    _, memory = torch.accelerator.get_memory_info()
+    return max(int(_ACCELERATOR_SHARE * memory), _CPU_CHUNK_BYTES)
+
+
 def equal_chunks(num_rows: int, vocab_size: int, device_type: str) -> int:
     """Rows in each of the fewest chunks that the budget of bytes allows; at least 1."""
-    budget = _CHUNK_BYTES.get(device_type, _ACCELERATOR_CHUNK_BYTES)
-    largest = max(budget // (4 * vocab_size), _MIN_CHUNK_ROWS)
+    largest = max(chunk_bytes(device_type) // (4 * vocab_size), _MIN_CHUNK_ROWS)
     # Equal chunks: a short last one would waste most of a pass over the weight gradient.
     num_chunks = max(-(-num_rows // largest), 1)
     return max(-(-num_rows // num_chunks), 1)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from verl_speculator.losses import linear_cross_entropy
+from verl_speculator.losses.linear_cross_entropy import chunk_bytes
 
 CHUNK_SIZES = [1, 3, 7, 100, None]
 
@@ -180,3 +181,10 @@ def test_without_gradients_only_the_logits_are_multiplied():
     with _Recorder() as recorder:
         linear_cross_entropy(*inputs, chunk_size=4).loss.backward()
     assert sum("mm" in name for name in recorder.names) == 6
+
+
+@pytest.mark.parametrize(("gib", "mib"), [(80, 512), (160, 1024), (24, 153), (2, 64)])
+def test_the_budget_of_a_chunk_follows_the_memory_of_the_device(gib, mib, monkeypatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, gib * 2**30))
+    assert chunk_bytes.__wrapped__("cuda") // 2**20 == mib
+    assert chunk_bytes.__wrapped__("cpu") == 64 * 2**20

@@ -170,7 +170,9 @@ class _Model(_Section):
     freeze_base_model: _Bool
     save_pytorch_model_bin: _Bool
     detach_hidden_states: _Bool
+    speculator_shard_size: _PositiveIntOrNull
     gather_speculator_once: _Bool
+    compile: _Bool
     attend_by_sequence: _Bool
     use_remove_padding: _Bool
     use_fused_kernels: Annotated[bool, _one_of(False, why="fused kernels hide the hidden states that are needed")]
@@ -229,6 +231,7 @@ class _Run(_Section):
 class _FsdpEngine(_Engine):
     strategy: Annotated[str, _one_of("fsdp2", "fsdp", why="give engine=megatron optim=megatron to train on Megatron")]
     ulysses_sequence_parallel_size: _PositiveInt
+    reshard_after_forward: Annotated[bool | str, _one_of(True, False, "auto")]
     param_dtype: Annotated[
         Literal["bf16", "bfloat16", "fp32", "float32"] | None, _must_be("bf16 or fp32", "float16 is not supported")
     ] = _at("mixed_precision", "param_dtype")
@@ -369,6 +372,9 @@ def _check_processes(config: DictConfig, world_size: int) -> None:
         factors = [f"{key}={size}" for key, size in sizes.items() if size > 1]
         result = f" = {product}" if len(factors) > 1 else ""
         raise ConfigError(f"{' x '.join(factors)}{result} must divide the {world_size} processes")
+    shard_size = config.model.speculator_shard_size
+    if shard_size is not None and world_size % shard_size:
+        raise ConfigError(f"model.speculator_shard_size={shard_size} must divide the {world_size} processes")
     data, ranks = config.data, world_size // product
     rows, rest = divmod(data.train_batch_size, ranks)
     if rest:

@@ -462,6 +462,15 @@ def test_hidden_states_of_something_else_are_refused(check, refused, good_run, t
     assert "is not empty and has no cache.json" in refused(f"data.hidden_states_cache={chat_data.train.parent}")
 
 
+def test_how_the_speculator_is_cut(check, refused) -> None:
+    check("model.speculator_shard_size=2", world_size=4)
+    assert "model.speculator_shard_size=3 must divide the 4 processes" in refused(
+        "model.speculator_shard_size=3", world_size=4
+    )
+    check("engine.reshard_after_forward=auto")
+    assert "must be true, false or auto, got 'never'" in refused("engine.reshard_after_forward=never")
+
+
 def test_an_early_stop_needs_validation(refused) -> None:
     assert "needs data.val_files" in refused("trainer.early_stop_patience=2", "data.val_files=null")
     assert "must be null or a positive integer" in refused("trainer.early_stop_patience=0")
