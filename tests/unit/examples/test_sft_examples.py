@@ -26,6 +26,7 @@ TRAIN_SCRIPT = SFT / "speculator" / "run_speculator_training.sh"
 GSM8K_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator.sh"
 GSM8K_RAY_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator_ray.sh"
 GSM8K_MEGATRON_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator_megatron.sh"
+GSM8K_ENGINE_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator_engine.sh"
 SCRIPTS = [TRAIN_SCRIPT, GSM8K_SCRIPT, GSM8K_RAY_SCRIPT, GSM8K_MEGATRON_SCRIPT]
 
 CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -111,13 +112,13 @@ def run_script(
     return subprocess.run([str(script), *arguments], capture_output=True, text=True, env=env, cwd=cwd, check=False)
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, SFT / "common.sh"], ids=lambda script: script.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, GSM8K_ENGINE_SCRIPT, SFT / "common.sh"], ids=lambda script: script.name)
 def test_scripts_are_sound(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert script.name == "common.sh" or script.stat().st_mode & stat.S_IXUSR
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, GSM8K_ENGINE_SCRIPT], ids=lambda script: script.name)
 @pytest.mark.parametrize(
     "arguments", [[], ["2"], ["0", "out"], ["two", "out"], ["2", "data.train_files=a.parquet"], ["2", "--help"]]
 )
@@ -212,6 +213,27 @@ def test_settings_in_scripts_exist(script: Path, recorder: Path, tmp_path: Path)
     lines = run_script(script, "2", str(tmp_path / "out"), path=recorder, cwd=tmp_path).stdout.splitlines()
     config = load_config([line for line in lines if "=" in line and not line.startswith("--")])
     assert config.trainer.default_local_dir == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("speculator_type", ["lstm", "mlp", "eagle3", "dflash"])
+@pytest.mark.parametrize("engine", ["fsdp", "megatron"])
+def test_any_speculator_on_either_engine(
+    speculator_type: str, engine: str, recorder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verl_speculator import cli
+    from verl_speculator.trainer.config.compose import engine_name, load_config
+
+    variables = {"TYPE": speculator_type, "ENGINE": engine, "DATA_DIR": str(tmp_path)}
+    arguments = ("2", str(tmp_path / "out"), "--lr", "1e-3", "trainer.seed=3")
+    lines = run_script(GSM8K_ENGINE_SCRIPT, *arguments, path=recorder, cwd=tmp_path, **variables).stdout.splitlines()
+    found: list[list[str]] = []
+    monkeypatch.setattr("verl_speculator.trainer.launch.launch", lambda overrides, **_: found.append(overrides))
+    assert cli.main(lines[1:]) == 0
+    config = load_config(found[0])
+    assert engine_name(config) == engine
+    assert config.model.speculator_adapter == speculator_type
+    assert config.data.val_files == str(tmp_path / "test.parquet")
+    assert (config.optim.lr, config.trainer.seed) == (1e-3, 3)
 
 
 # README
