@@ -119,7 +119,7 @@ def collect_examples(root: Path, limit: int | None = None) -> list[FunctionExamp
             if len(example.body) in BODY_CHARS and len(example.request) <= MAX_REQUEST_CHARS:
                 # The same prompt in a held-out module would be one whose answer was trained on.
                 examples.setdefault(example.request, example)
-    ordered = sorted(examples.values(), key=lambda e: hashlib.sha256(e.request.encode()).digest())
+    ordered = sorted(examples.values(), key=lambda e: hashlib.sha256(e.body.encode()).digest())
     return ordered[:limit]
 
 

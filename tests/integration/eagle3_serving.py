@@ -39,6 +39,7 @@ def write_world(folder: Path) -> None:
     from verl_speculator.losses import PackedHiddenStates, speculator_loss
     from verl_speculator.models import Speculator
     from verl_speculator.models.importing import import_code
+    from verl_speculator.serving.export import export_speculator
 
     torch.set_num_threads(1)
     torch.manual_seed(5)
@@ -89,6 +90,8 @@ def write_world(folder: Path) -> None:
         result = speculative_generate(base, speculator.eval(), *padded(prompts), max_new_tokens=NEW_TOKENS)
         tokens, counts[name] = result.tokens, dataclasses.asdict(result.counts)
 
+    export_speculator(folder / "eagle3", folder / "eagle3_native", "eagle3")
+
     (folder / "medusa.py").write_text(re.search("```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1])
     config_class = import_code(str(folder / "medusa.py"), "--import").MedusaConfig
     medusa = Speculator.from_config(config_class(input_hidden_dim=64, vocab_size=VOCAB_SIZE, n_predict=3))
@@ -121,7 +124,7 @@ def serve(folder: Path) -> dict:
     # of the one that follows the chunk, and then drafts otherwise than we do. What it says must not change by that.
     engines = {
         name: (folder / name, 512, {"method": name.partition("_")[0], "num_speculative_tokens": 3})
-        for name in SPECULATORS
+        for name in [*SPECULATORS, "eagle3_native"]
     }
     chunked = (folder / "eagle3", 32, {"method": "eagle3", "num_speculative_tokens": 3})
     engines = {"None": (None, 512, {}), **engines, "chunked": chunked}

@@ -50,6 +50,7 @@ def test_text_and_drafts_are_ours(report, world) -> None:
     reference = json.loads((world / "reference.json").read_text())
     assert report["None"]["tokens"] == reference["tokens"]
     assert report["chunked"]["tokens"] == reference["tokens"]
+    assert report["eagle3_native"] == report["eagle3"]
     for name in [*SPECULATORS, *(["medusa"] if "medusa" in report else [])]:
         mine, expected = report[name], reference["counts"][name]
         ours = name == "medusa"

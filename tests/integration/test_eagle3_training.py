@@ -1,4 +1,4 @@
-"""EAGLE-3, DFlash and the page's Medusa through the whole trainer: built from its base, trained, saved, resumed, started from and evaluated."""
+"""EAGLE-3, DFlash and the page's Medusa through the whole trainer: built, trained, saved, resumed, evaluated."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.integration.needy_adapter import NEEDY
 from tests.integration.numbers_world import (
     CASES_SCRIPT,
+    EAGLE3,
     FRESH,
     JOINT,
     KL,
@@ -108,6 +109,9 @@ FRESH_CASES = [
     Case("fresh_pp", "llama_untied", "", [*MEGATRON, PP, *FRESH]),
     Case("fresh_pp_tied", "qwen2", "", [*MEGATRON, PP, *FRESH]),
 ]
+FRESH_EAGLE3_CASE = Case(
+    "fresh_eagle3", "llama_untied", "", [*MEGATRON, PP, *EAGLE3, "+model.speculator.target_layer_ids=[0,1,2]"]
+)
 BF16_CASES = [Case("tp_bf16", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, "engine.model_dtype=bf16"])]
 TRAINED = [
     Case("steps_tp", "qwen2", "lstm", [*MEGATRON, TP, *PACKED, *TRAINING], steps=True),
@@ -129,7 +133,10 @@ def world(tmp_path_factory) -> dict[str, Path]:
 def results(world, torchrun, tmp_path_factory) -> Path:
     """What all cases wrote: one start for those of two ranks, one for those of four."""
     output = tmp_path_factory.mktemp("results")
-    for ranks, cases in ((2, [*TWO_RANKS, *BF16_CASES, *TRAINED, *REFUSED_CASES, *FRESH_CASES]), (4, FOUR_RANKS)):
+    for ranks, cases in (
+        (2, [*TWO_RANKS, *BF16_CASES, *TRAINED, *REFUSED_CASES, *FRESH_CASES, FRESH_EAGLE3_CASE]),
+        (4, FOUR_RANKS),
+    ):
         file = write_cases(output / f"cases_{ranks}.json", cases, world)
         torchrun(ranks, str(CASES_SCRIPT), str(file), str(output))
     return output
@@ -171,6 +178,14 @@ def test_what_cannot_be_trained_is_refused_by_name(case: Case, results) -> None:
 @pytest.mark.parametrize("case", FRESH_CASES, ids=lambda case: case.name)
 def test_a_fresh_speculator_starts_from_the_base(case: Case, world, results) -> None:
     check_start_from_base(case, world, results)
+
+
+def test_a_fresh_eagle3_has_the_bases_matrices(world, results) -> None:
+    base = load_file(world["llama_untied"] / "model.safetensors")
+    found = load_file(results / f"{FRESH_EAGLE3_CASE.name}.safetensors")
+    for name, of_base in {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}.items():
+        assert torch.equal(found[f"speculator.{name}.weight"], base[of_base]), name
+    assert not found["speculator.fc.weight"].isnan().any()
 
 
 @pytest.mark.parametrize("case", BF16_CASES, ids=lambda case: case.name)

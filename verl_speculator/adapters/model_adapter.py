@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from verl_speculator.adapters.interface import SpeculatorAdapter
 from verl_speculator.adapters.needs import AdapterNeeds
@@ -56,17 +56,15 @@ class ModelAdapter(SpeculatorAdapter):
             "verifier_architectures": sizes["base_model_archs"],
         }
         model_class: Any = self.speculator_class
-        speculator = _named(model_class.from_training_args, model.config.get_text_config(), **names, **self._arguments)
-        if hasattr(speculator, "load_verifier_weights") and not next(speculator.parameters()).is_meta:
-            weights = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-            if any(weight.is_meta for weight in weights):
-                raise ConfigError(
-                    f"model.speculator_type: a fresh {model_class.__name__} takes over the base model's embeddings, "
-                    "which engine=megatron does not hold as Hugging Face has them: train it with engine=fsdp, or start "
-                    "from one with model.speculator_path"
-                )
-            speculator.load_verifier_weights(*(weight.detach() for weight in weights))
-        return speculator
+        return _named(model_class.from_training_args, model.config.get_text_config(), **names, **self._arguments)
+
+    @property
+    def starts_from_base(self) -> bool:
+        return hasattr(self.speculator_class, "load_verifier_weights")
+
+    def start_from_base(self, embed_tokens: Tensor, lm_head: Tensor, generator: Generator) -> None:
+        speculator: Any = self.speculator
+        speculator.load_verifier_weights(embed_tokens.detach(), lm_head.detach())
 
     def get_optimizer_params(self) -> Iterable[nn.Parameter]:
         return (parameter for parameter in self.speculator.parameters() if parameter.requires_grad)

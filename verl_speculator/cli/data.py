@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from verl_speculator.cli import data_hidden_states
+from verl_speculator.cli import data_hidden_states, data_prepare
 
 PURPOSE = "prepare training data"
 DESCRIPTION = "Prepare training data."
-_COMMANDS = {"hidden-states": data_hidden_states}
+_COMMANDS = {"prepare": data_prepare, "hidden-states": data_hidden_states}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -96,7 +96,7 @@ def _number_of(engines: EngineSettings) -> int:
     if os.environ.get("RAY_ADDRESS"):
         import ray
 
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        _join_ray()
         gpus = int(ray.cluster_resources().get("GPU", 0))
     return max(1, gpus // engines.tensor_parallel_size)
 
@@ -122,7 +122,7 @@ def _answer_on_engines(
 ) -> Iterator[Conversation]:
     import ray
 
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    _join_ray()
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows_at_once = min(settings.batch_size * _BATCHES_AT_A_TIME, -(-len(conversations) // num_engines))
     chats = ray.data.from_items([{"chat": pickle.dumps(one)} for one in conversations])
@@ -135,3 +135,11 @@ def _answer_on_engines(
     )
     for row in answered.iter_rows():
         yield pickle.loads(row["chat"])
+
+
+def _join_ray() -> None:
+    """The cluster that RAY_ADDRESS names, or one of this machine."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, **({} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}))

@@ -117,7 +117,8 @@ class _Reader:
         """The rows, row group by row group; of `chosen` only those, ascending and counted over all files."""
         wanted = None if chosen is None else set(chosen)
         number = 0
-        mark = tokenizer_fingerprint(self.tokenizer)
+        # Asked once: either makes a dictionary of the whole vocabulary.
+        mark, vocab_size = tokenizer_fingerprint(self.tokenizer), len(self.tokenizer)
         for file in self.files:
             with pq.ParquetFile(file) as parquet:
                 schema = parquet.schema_arrow
@@ -130,17 +131,18 @@ class _Reader:
                     for values in batch.to_pylist():
                         if wanted is None or number in wanted:
                             where = f"{self.settings.key}: {file!r}, row {row}"
-                            yield self._tokens(values, mark, where) if is_tokens else self._rendered(values, where)
+                            if is_tokens:
+                                check_token_row(values, mark, vocab_size, where)
+                                own = [int(is_own) for is_own in values[LOSS_MASK]]
+                                yield {INPUT_IDS: values[INPUT_IDS], LOSS_MASK: own}
+                            else:
+                                yield self._rendered(values, where)
                         row, number = row + 1, number + 1
 
     def _columns(self, is_tokens: bool) -> list[str]:
         if is_tokens:
             return [INPUT_IDS, LOSS_MASK, TOKENIZER, ORIGIN]
         return [self.settings.messages_key, self.settings.tools_key, self.settings.enable_thinking_key]
-
-    def _tokens(self, values: dict[str, Any], mark: str, where: str) -> dict[str, list[int]]:
-        check_token_row(values, mark, len(self.tokenizer), where)
-        return {INPUT_IDS: values[INPUT_IDS], LOSS_MASK: [int(is_own) for is_own in values[LOSS_MASK]]}
 
     def _rendered(self, values: dict[str, Any], where: str) -> dict[str, list[int]]:
         settings = self.settings

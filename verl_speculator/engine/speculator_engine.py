@@ -71,6 +71,8 @@ class SpeculatorEngine(BaseEngine):
     _target: TargetHead | None = None
     cached_states: CachedStates | None = None
     _states_cache_settings: StatesCacheSettings | None = None
+    # Whether all ranks run the speculator at once, so that its layers can be gathered one by one.
+    _gathers_layers_apart = True
     # As it was published; in joint training it may train in another one.
     _base_dtype: torch.dtype | None
 
@@ -184,7 +186,8 @@ class SpeculatorEngine(BaseEngine):
 
     def _shard_speculator(self, mesh: Any, reduce_dtype: torch.dtype) -> None:
         mesh = speculator_mesh(self.model_config.speculator_shard_size, mesh)
-        shard(self.speculator_unit, mesh, MixedPrecisionPolicy(self._compute_dtype, reduce_dtype))
+        layers = getattr(self.adapter.speculator, "layers", []) if self._gathers_layers_apart else []
+        shard(self.speculator_unit, mesh, MixedPrecisionPolicy(self._compute_dtype, reduce_dtype), layers)
         if self._frozen_head is not None:
             shard(self._frozen_head, mesh, MixedPrecisionPolicy())
 

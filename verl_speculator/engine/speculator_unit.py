@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -77,11 +78,14 @@ def speculator_mesh(shard_size: int | None, default: DeviceMesh) -> DeviceMesh:
     return init_device_mesh(get_device_name(), shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(unit: nn.Module, mesh: Any, policy: MixedPrecisionPolicy) -> None:
+def shard(unit: nn.Module, mesh: Any, policy: MixedPrecisionPolicy, layers: Iterable[nn.Module] = ()) -> None:
     """Shard in place and hand every rank its part of rank 0's weights.
 
-    The weights are not dropped between forward and backward: one follows the other at once.
+    The weights are not dropped between forward and backward: one follows the other at once. Those of its `layers` are,
+    and each of these is gathered by itself.
     """
     full = unit.state_dict()
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fsdp2_load_full_state_dict(unit, full, mesh, None)

@@ -14,7 +14,8 @@ from verl_speculator.serving.export_formats import EXPORT_FORMATS, ExportFormat,
 from verl_speculator.serving.hub import CardFacts, model_card
 
 HUB = "hf"
-FORMATS = (*EXPORT_FORMATS, HUB)
+NATIVE = "eagle3"
+FORMATS = (*EXPORT_FORMATS, HUB, NATIVE)
 
 
 def export_speculator(
@@ -27,7 +28,8 @@ def export_speculator(
     """Write the speculator in `source` to the new folder `destination`; returns that folder.
 
     `arctic` is for Arctic Inference, `ibm` for engines that read IBM's speculators, `hf` for the Hugging Face hub and
-    for vLLM with this package. What was written is read back and compared with what the engine will look for.
+    for vLLM with this package, `eagle3` is the form of EAGLE-3's own repository. What was written is read back and
+    compared with what the engine will look for.
 
     Args:
         base_architecture: such as `LlamaForCausalLM`; Arctic Inference compares it with the base model. None takes it
@@ -46,6 +48,8 @@ def export_speculator(
     speculator = Speculator.from_pretrained(source)
     if export_format == HUB:
         return _export_for_hub(speculator, folder, card or CardFacts())
+    if export_format == NATIVE:
+        return _export_native(speculator, folder)
     target = EXPORT_FORMATS[export_format]
     converted = target.convert(with_full_vocabulary(speculator))
     values = target.config_for(converted.config)
@@ -90,6 +94,18 @@ def _base_architectures(speculator: Speculator, given: str | None) -> list[str]:
         "Arctic Inference wants to know the base model's architecture, which the speculator's config.json does not "
         "say: name it with --base-architecture, such as --base-architecture LlamaForCausalLM."
     )
+
+
+def _export_native(speculator: Speculator, folder: Path) -> Path:
+    native_form = getattr(speculator, "native_form", None)
+    if native_form is None:
+        raise ConfigError(f"--format {NATIVE} is for an EAGLE-3 speculator, not a {type(speculator).__name__}.")
+    values, tensors = native_form()
+    write_folder(folder, values, tensors, pytorch_bin=False)
+    _, written, _ = read_weights(folder)
+    if written.keys() != tensors.keys() or any(not torch.equal(written[name], tensors[name]) for name in tensors):
+        raise CheckpointError(f"{folder} does not read back as it was written: check the file system and export again.")
+    return folder
 
 
 def _export_for_hub(speculator: Speculator, folder: Path, facts: CardFacts) -> Path:

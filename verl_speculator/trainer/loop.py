@@ -8,6 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -105,6 +106,10 @@ class SpeculatorTrainingLoop(ABC):
 
     def _load_model(self) -> None:
         """Have the workers build their engines, with hidden states on disk if the run keeps any."""
+        draft_vocab_path = self.model_config.speculator.get("draft_vocab_path")
+        if draft_vocab_path is not None:
+            # The first process may have written it a moment ago, and other machines see it later.
+            self.processes.that_miss(Path(draft_vocab_path))
         if self.config.data.hidden_states_cache is None:
             self.training_client.reset()
             return

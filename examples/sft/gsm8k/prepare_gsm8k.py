@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from chat_rows import Messages, Row, column, read_rows, report, write_split
-
+from verl_speculator.data.preparation import write_chats
+from verl_speculator.data.sources import Broken, read_source
 from verl_speculator.errors import ConfigError, DataError, SpeculatorError
 
 DATASET, SUBSET = "openai/gsm8k", "main"
@@ -24,16 +25,20 @@ INSTRUCTION = 'Let\'s think step by step and output the final answer after "####
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 
 
-def to_messages(row: Row, source: str) -> Messages:
-    """One question and its worked answer."""
-    question, answer = column(row, "question", source), column(row, "answer", source)
-    for key, value in (("question", question), ("answer", answer)):
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{source!r} has a row whose {key!r} is no text")
-    return [
-        {"role": "user", "content": f"{question} {INSTRUCTION}"},
-        {"role": "assistant", "content": _CALCULATION.sub("", answer)},
-    ]
+def read_chats(file: str | None, split: str) -> Iterator[dict[str, Any]]:
+    """Questions and their worked answers."""
+    for found in read_source(file) if file else read_source(DATASET, split, SUBSET):
+        if isinstance(found, Broken):
+            raise DataError(f"{found.where}: {found.reason}")
+        for key in ("question", "answer"):
+            if not isinstance(found.row.get(key), str) or not found.row[key].strip():
+                raise DataError(f"{found.where}, has no text in a column {key!r}, only {', '.join(found.row)}")
+        yield {
+            "messages": [
+                {"role": "user", "content": f"{found.row['question']} {INSTRUCTION}"},
+                {"role": "assistant", "content": _CALCULATION.sub("", found.row["answer"])},
+            ]
+        }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,17 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if (options.train is None) != (options.test is None):
             raise ConfigError("--train and --test go together: give both local files or neither")
-        output = options.output.expanduser()
-        splits = {"train": options.train, "test": options.test}
-        # Both are read before anything is written.
-        prepared = {
-            split: [to_messages(row, file or DATASET) for row in read_rows(file or DATASET, split, SUBSET)]
-            for split, file in splits.items()
-        }
-        for split, rows in prepared.items():
-            write_split(rows, output / f"{split}.parquet")
+        for split, file in {"test": options.test, "train": options.train}.items():
+            path = options.output.expanduser() / f"{split}.parquet"
+            (count,) = write_chats(read_chats(file, split), path, None, 0.0, seed=0)
+            print(f"{count:>8} conversations in {path}")
     except SpeculatorError as error:
-        return report(error)
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

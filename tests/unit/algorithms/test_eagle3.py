@@ -15,7 +15,8 @@ from verl_speculator.algorithms import attention
 from verl_speculator.algorithms.eagle3 import Eagle3Speculator, Eagle3SpeculatorConfig
 from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.losses import Objective
-from verl_speculator.models import Speculator, SpeculatorConfig
+from verl_speculator.models import MLPSpeculator, MLPSpeculatorConfig, Speculator, SpeculatorConfig
+from verl_speculator.serving.export import export_speculator
 
 H, V, LAYERS = 32, 37, 8
 FLAGS = {"norm_before_residual": False, "norm_before_fc": False, "norm_output": False}
@@ -308,3 +309,29 @@ def test_sliding_windows_are_refused():
     config["transformer_layer_config"]["layer_types"] = ["sliding_attention"]
     with pytest.raises(ConfigError, match="sliding_attention: not supported"):
         Eagle3SpeculatorConfig.from_dict(config)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_layers": 2, "draft_vocab": True, **FLAGS}], ids=str)
+def test_its_native_form(arguments, tmp_path):
+    model = make_model(**arguments).float()
+    model.save_pretrained(tmp_path / "own")
+    out = export_speculator(tmp_path / "own", tmp_path / "out", "eagle3")
+    config, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == ("llama", H, len(model.layers))
+    assert config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
+    assert config["draft_vocab_size"] == len(tensors["lm_head.weight"])
+    for name in FLAGS:
+        assert config[name] == getattr(model.config, name)
+    assert torch.equal(tensors["midlayer.self_attn.q_proj.weight"], model.layers[0].self_attn.q_proj.weight)
+    assert ("layers.1.mlp.up_proj.weight" in tensors) == (len(model.layers) > 1)
+    assert not any(name.startswith("layers.0.") for name in tensors)
+
+
+def test_what_has_no_native_form(tmp_path):
+    make_model(draft_arch="qwen3").float().save_pretrained(tmp_path / "own")
+    with pytest.raises(ConfigError, match="has the layers of a llama, and these are a qwen3's"):
+        export_speculator(tmp_path / "own", tmp_path / "out", "eagle3")
+    MLPSpeculator(MLPSpeculatorConfig(input_hidden_dim=8, vocab_size=9)).save_pretrained(tmp_path / "mlp")
+    with pytest.raises(ConfigError, match="--format eagle3 is for an EAGLE-3 speculator, not a MLPSpeculator"):
+        export_speculator(tmp_path / "mlp", tmp_path / "out", "eagle3")

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
@@ -27,6 +26,7 @@ TRAIN_SCRIPT = SFT / "speculator" / "run_speculator_training.sh"
 GSM8K_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator.sh"
 GSM8K_RAY_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator_ray.sh"
 GSM8K_MEGATRON_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator_megatron.sh"
+GSM8K_ENGINE_SCRIPT = SFT / "gsm8k" / "run_qwen_05_speculator_engine.sh"
 SCRIPTS = [TRAIN_SCRIPT, GSM8K_SCRIPT, GSM8K_RAY_SCRIPT, GSM8K_MEGATRON_SCRIPT]
 
 CHAT = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -48,10 +48,6 @@ def call_main(name: str, *arguments: object) -> subprocess.CompletedProcess[str]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = module.main(command)
     return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
-
-
-def prepare_chats(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return call_main("prepare_chat_dataset", *arguments)
 
 
 def messages_in(file: Path) -> list[list[dict[str, str]]]:
@@ -87,124 +83,10 @@ def test_gsm8k_goes_where_training_looks_by_default(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "data" / "gsm8k").iterdir()} == {"train.parquet", "test.parquet"}
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
-def test_messages_from_every_file_type(tmp_path: Path, suffix: str) -> None:
-    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, CHAT[1]], "id": i} for i in range(20)]
-    source = tmp_path / f"chats.{suffix}"
-    if suffix == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), source)
-    elif suffix == "json":
-        source.write_text(json.dumps(rows, indent=1))
-    else:
-        write_lines(source, rows)
-    result = prepare_chats(source, "--output", tmp_path, "--test-fraction", 0.2)
-    assert result.returncode == 0, result.stderr
-    train, test = (messages_in(tmp_path / f"{split}.parquet") for split in ("train", "test"))
-    assert (len(train), len(test)) == (16, 4)
-    assert {chat[0]["content"] for chat in train + test} == {f"{i}?" for i in range(20)}
-
-
-def test_the_split_is_shuffled_by_the_seed_alone(tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, CHAT[1]]} for i in range(30)]
-    source = write_lines(tmp_path / "chats.jsonl", rows)
-    splits = []
-    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert prepare_chats(source, "--output", tmp_path / folder, "--seed", seed).returncode == 0
-        splits.append(messages_in(tmp_path / folder / "train.parquet"))
-    assert splits[0] == splits[1] != splits[2]
-
-
-def test_share_gpt_conversations(tmp_path: Path) -> None:
-    conversation = [
-        {"from": "system", "value": "Be brief."},
-        {"from": "human", "value": "2 + 2?"},
-        {"from": "gpt", "value": "4"},
-    ]
-    unanswered = {"conversations": conversation[:2]}
-    source = write_lines(tmp_path / "chats.jsonl", [{"conversations": conversation}] * 2 + [unanswered])
-    result = prepare_chats(
-        source, "--messages-key", "conversations", "--output", tmp_path / "data", "--test-fraction", 0
-    )
-    assert result.returncode == 0, result.stderr
-    expected = [{"role": "system", "content": "Be brief."}, *CHAT]
-    assert messages_in(tmp_path / "data" / "train.parquet") == [expected] * 2
-    assert "1 of 3 rows" in result.stdout
-    assert not (tmp_path / "data" / "test.parquet").exists()
-
-
-def test_prompts_and_responses_with_a_test_file_of_their_own(tmp_path: Path) -> None:
-    train, test = tmp_path / "train.csv", tmp_path / "test.csv"
-    train.write_text('rules,ask,say\nBe brief.,2 + 2?,4\n,"a, b?","line\nbreak"\n')
-    test.write_text("rules,ask,say\n,1 + 1?,2\n")
-    keys = ["--prompt-key", "ask", "--response-key", "say", "--system-key", "rules"]
-    result = prepare_chats(train, "--test-source", test, *keys, "--output", tmp_path / "data")
-    assert result.returncode == 0, result.stderr
-    assert messages_in(tmp_path / "data" / "train.parquet") == [
-        [{"role": "system", "content": "Be brief."}, *CHAT],
-        [{"role": "user", "content": "a, b?"}, {"role": "assistant", "content": "line\nbreak"}],
-    ]
-    assert messages_in(tmp_path / "data" / "test.parquet")[0][1]["content"] == "2"
-
-
-def test_a_data_set_that_the_datasets_library_loads(tmp_path: Path) -> None:
-    # A folder goes the way of a name on the hub, without a network.
-    for split in ("train", "test"):
-        write_lines(tmp_path / f"{split}.jsonl", [{"messages": [{"role": "user", "content": split}, CHAT[1]]}] * 2)
-    result = run_python(
-        *("prepare_chat_dataset.py", tmp_path, "--test-split", "test", "--output", tmp_path / "out"),
-        HF_HOME=str(tmp_path / "cache"),
-        HF_HUB_OFFLINE="1",
-    )
-    assert result.returncode == 0, result.stderr
-    for split in ("train", "test"):
-        assert messages_in(tmp_path / "out" / f"{split}.parquet")[0][0]["content"] == split
-
-
-@pytest.mark.parametrize(
-    ("rows", "arguments", "said"),
-    [
-        ([], [], "has no rows"),
-        ([{"text": "hi"}], [], "has no column 'messages', only text"),
-        ([{"messages": "hi"}], [], "row 1 of .* must be a list of messages, not str"),
-        ([{"messages": ["hi"]}], [], "must hold messages, not str"),
-        ([{"messages": [{"speaker": "a", "text": "b"}]}], [], "keys speaker, text; it needs role and content"),
-        ([{"messages": [{"role": "alien", "content": "b"}]}], [], "message of 'alien'; known are system, user"),
-        ([{"messages": CHAT[:1]}], [], "no conversation with an answer"),
-        ([{"messages": CHAT}], [], "1 usable conversations are too few"),
-        ([{"messages": CHAT}] * 2, ["--test-fraction", "1"], "--test-fraction must be at least 0 and less than 1"),
-        ([{"q": 1, "a": "b"}], ["--prompt-key", "q", "--response-key", "a"], "column 'q' .* must hold text, not int"),
-        ([{"q": "a"}], ["--prompt-key", "q"], "--prompt-key and --response-key go together"),
-        ([{"messages": CHAT}], ["--test-split", "test"], "--test-source"),
-    ],
-)
-def test_mistakes_in_data_end_in_one_sentence(
-    tmp_path: Path, rows: list[object], arguments: list[str], said: str
-) -> None:
-    result = prepare_chats(write_lines(tmp_path / "chats.jsonl", rows), "--output", tmp_path / "out", *arguments)
-    assert_one_error(result, said)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("gone.jsonl", None, "there is no file"),
-        ("broken.jsonl", '{"messages": []}\n{"mess', "is not JSON at line 2"),
-        ("broken.parquet", "no parquet", "cannot be read"),
-        ("list.json", "[1, 2]", "must hold JSON objects, not int"),
-        ("chats.txt", "hello", "must end in one of"),
-    ],
-)
-def test_unreadable_files_end_in_one_sentence(tmp_path: Path, name: str, content: str | None, said: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    assert_one_error(prepare_chats(tmp_path / name, "--output", tmp_path / "out"), said)
-
-
 def test_gsm8k_rows_of_another_shape_end_in_one_sentence(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [{"prompt": "q"}])
     result = call_main("prepare_gsm8k", "--train", file, "--test", file, "--output", tmp_path / "out")
-    assert_one_error(result, "has no column 'question', only prompt")
+    assert_one_error(result, "line 1, has no text in a column 'question', only prompt")
     assert_one_error(call_main("prepare_gsm8k", "--train", file), "--train and --test go together")
 
 
@@ -230,13 +112,13 @@ def run_script(
     return subprocess.run([str(script), *arguments], capture_output=True, text=True, env=env, cwd=cwd, check=False)
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, SFT / "common.sh"], ids=lambda script: script.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, GSM8K_ENGINE_SCRIPT, SFT / "common.sh"], ids=lambda script: script.name)
 def test_scripts_are_sound(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert script.name == "common.sh" or script.stat().st_mode & stat.S_IXUSR
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, GSM8K_ENGINE_SCRIPT], ids=lambda script: script.name)
 @pytest.mark.parametrize(
     "arguments", [[], ["2"], ["0", "out"], ["two", "out"], ["2", "data.train_files=a.parquet"], ["2", "--help"]]
 )
@@ -331,6 +213,27 @@ def test_settings_in_scripts_exist(script: Path, recorder: Path, tmp_path: Path)
     lines = run_script(script, "2", str(tmp_path / "out"), path=recorder, cwd=tmp_path).stdout.splitlines()
     config = load_config([line for line in lines if "=" in line and not line.startswith("--")])
     assert config.trainer.default_local_dir == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("speculator_type", ["lstm", "mlp", "eagle3", "dflash"])
+@pytest.mark.parametrize("engine", ["fsdp", "megatron"])
+def test_any_speculator_on_either_engine(
+    speculator_type: str, engine: str, recorder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verl_speculator import cli
+    from verl_speculator.trainer.config.compose import engine_name, load_config
+
+    variables = {"TYPE": speculator_type, "ENGINE": engine, "DATA_DIR": str(tmp_path)}
+    arguments = ("2", str(tmp_path / "out"), "--lr", "1e-3", "trainer.seed=3")
+    lines = run_script(GSM8K_ENGINE_SCRIPT, *arguments, path=recorder, cwd=tmp_path, **variables).stdout.splitlines()
+    found: list[list[str]] = []
+    monkeypatch.setattr("verl_speculator.trainer.launch.launch", lambda overrides, **_: found.append(overrides))
+    assert cli.main(lines[1:]) == 0
+    config = load_config(found[0])
+    assert engine_name(config) == engine
+    assert config.model.speculator_adapter == speculator_type
+    assert config.data.val_files == str(tmp_path / "test.parquet")
+    assert (config.optim.lr, config.trainer.seed) == (1e-3, 3)
 
 
 # README

@@ -26,6 +26,7 @@ from verl_speculator.algorithms.transformer import (
     paired_metrics,
     sequence_offsets,
 )
+from verl_speculator.errors import ConfigError
 from verl_speculator.losses.alignment import chain_rows, head_inputs, head_targets, trained_positions
 from verl_speculator.losses.soft_targets import HeadRows, Objective, SoftTargetsOutput, TargetHead, soft_target_loss
 from verl_speculator.models.base_components import ModelComponents, model_classes, override_components
@@ -272,6 +273,28 @@ class Eagle3Speculator(TransformerSpeculator):
         from verl_speculator.algorithms.eagle3.drafter import Eagle3Drafter
 
         return Eagle3Drafter(self, sampling)
+
+    def native_form(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`config.json` and tensors as EAGLE-3's own repository has them: one flat Llama configuration.
+
+        Raises:
+            ConfigError: There is no such form of it.
+        """
+        arch = self.layer_config.model_type
+        if arch != "llama":
+            raise ConfigError(f"EAGLE-3's own form has the layers of a llama, and these are a {arch}'s.")
+        own = self.config.to_dict()
+        kept = ("draft_vocab_size", "target_hidden_size", self.config.layer_ids_key, *FLAGS, "torch_dtype")
+        values = {
+            **self.config.transformer_layer_config,
+            "architectures": ["LlamaForCausalLMEagle3"],
+            **{name: own[name] for name in kept},
+        }
+        tensors = {
+            name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name: tensor
+            for name, tensor in self.export_state_dict().items()
+        }
+        return values, tensors
 
     # Details of the training-time test
 

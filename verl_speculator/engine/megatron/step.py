@@ -53,6 +53,8 @@ class _Forwarded(NamedTuple):
 class MegatronSpeculatorStep(SpeculatorEngine, MegatronEngineWithLMHead):
     """What happens in a step; the engine itself builds the parts before the first one."""
 
+    # In joint training the last pipeline stage runs it while the others do not.
+    _gathers_layers_apart = False
     _seen: StageStates
     # The pipeline stage that has the states of each key.
     _stage_of: dict[int, int]
