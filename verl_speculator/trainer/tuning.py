@@ -137,7 +137,10 @@ def _trial(settings: list[str], folder: Path, base_weights: int) -> Trial:
         raise ConfigError(f"{folder} has no acceptance length of a validation: give data.val_files")
     has_best = (folder / BEST_FILE).is_file()
     acceptance = max(values) if has_best else values[-1]
-    share = draft_weights(Speculator.from_pretrained(folder if has_best else latest_checkpoint(folder))) / base_weights
+    checkpoint = folder if has_best else latest_checkpoint(folder)
+    if checkpoint is None:
+        raise ConfigError(f"{folder} has no checkpoint: a training ends with one")
+    share = draft_weights(Speculator.from_pretrained(checkpoint)) / base_weights
     return Trial(settings, str(folder), acceptance, share, acceptance / (1 + share))
 
 
