@@ -23,7 +23,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("answers")
     # vLLM has no attention heads below 32 on a CPU.
-    write_base_model(folder / "base", seed=3, head_dim=32)
+    write_base_model(folder / "base", family="llama", seed=3, head_dim=32)
     write_chats(folder / "chats.parquet", 11, seed=2)
     regenerate(folder, "expected", "--backend", "hf")
     return folder
