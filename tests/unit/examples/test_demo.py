@@ -90,7 +90,7 @@ def test_a_failed_command_shows_the_end_of_its_output(tmp_path):
     log = tmp_path / "logs" / "eval.log"
 
     with pytest.raises(
-        SystemExit, match=r"--base: there is no folder[\s\S]*`eval` failed \(exit status 2\)[\s\S]*eval.log"
+        SystemExit, match=r"--speculator: there is no folder[\s\S]*`eval` failed \(exit status 2\)[\s\S]*eval.log"
     ):
         run_command(
             ["eval", "--base", "/no/model", "--speculator", "/none", "--data", str(tmp_path / "absent.parquet")],
