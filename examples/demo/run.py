@@ -121,6 +121,9 @@ def training_command(base: Path, data: Path, checkpoints: Path, cache: Path, set
         f"model.speculator.n_predict={spec.n_predict}",
         *(f"model.speculator.{name}={spec.width}" for name in ("inner_dim", "emb_dim", "proj_dim")),
         "model.speculator.scale_input=true",
+        # One embedding for the four gates: four would be 38 M more parameters than so few answers can teach.
+        "model.speculator.tie_lstm_embs=true",
+        f"model.speculator.objective={spec.objective}",
         f"model.speculator.draft_vocab_size={spec.draft_vocab_size}",
         f"optim.lr={spec.learning_rate}",
         "optim.lr_scheduler_type=cosine",

@@ -17,6 +17,8 @@ class AnswerSettings:
 
 @dataclass(frozen=True)
 class SpeculatorSettings:
+    """Found on answers to other prompts than those measured; docs/experiments.md says what was tried."""
+
     n_predict: int = 3
     width: int = 256
     draft_vocab_size: int = 8000
@@ -24,6 +26,7 @@ class SpeculatorSettings:
     batch_size: int = 16
     max_length: int = 512
     learning_rate: float = 5e-3
+    objective: str = "kl"
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class DecodingSettings:
     """Acceptance is measured on many prompts at once, speed on a few, one at a time."""
 
     num_prompts: int = 48
-    batch_size: int = 8
-    num_speed_prompts: int = 8
+    batch_size: int = 16
+    num_speed_prompts: int = 6
     max_new_tokens: int = 64
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from verl_speculator.cli import base, data, eval, export, regenerate, serve, train, train_report
+from verl_speculator.cli import base, data, eval, export, regenerate, serve, train, train_report, tune
 from verl_speculator.errors import SpeculatorError
 
 EXIT_USER_ERROR = 2
@@ -21,6 +21,7 @@ _COMMANDS = {
     "regenerate": regenerate,
     "train": train,
     "train-report": train_report,
+    "tune": tune,
     "eval": eval,
     "serve": serve,
     "export": export,
