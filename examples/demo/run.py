@@ -126,6 +126,7 @@ def training_command(base: Path, data: Path, checkpoints: Path, cache: Path, set
         f"model.speculator.objective={spec.objective}",
         f"model.speculator.draft_vocab_size={spec.draft_vocab_size}",
         f"optim.lr={spec.learning_rate}",
+        f"optim.weight_decay={spec.weight_decay}",
         "optim.lr_scheduler_type=cosine",
         "optim.lr_warmup_steps_ratio=0.04",
         f"data.train_files={hydra_path(data / 'train.parquet')}",

@@ -22,10 +22,11 @@ class SpeculatorSettings:
     n_predict: int = 3
     width: int = 256
     draft_vocab_size: int = 8000
-    num_epochs: int = 4
+    num_epochs: int = 8
     batch_size: int = 16
     max_length: int = 512
     learning_rate: float = 5e-3
+    weight_decay: float = 0.1
     objective: str = "kl"
 
 

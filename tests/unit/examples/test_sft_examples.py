@@ -248,8 +248,8 @@ ON_MEGATRON = ["engine=megatron", "optim=megatron"]
 def test_tables_give_the_configuration_its_real_defaults(page: Path, groups: list[str], at_least: int) -> None:
     from verl_speculator.trainer.config.compose import load_config
 
-    (table,) = re.findall(r"^\| key \| default \| meaning \|\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE)
-    rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `([^`]+)` \|", table, re.MULTILINE)
+    tables = re.findall(r"^\| key \| default \| meaning \|\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `([^`]+)` \|", "".join(tables), re.MULTILINE)
     assert len(rows) >= at_least
     settings = OmegaConf.to_container(load_config(groups))
     for key, said in rows:
