@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from verl_speculator.data.chats import check_chat_file
 
@@ -251,15 +251,20 @@ def test_tables_give_the_configuration_its_real_defaults(page: Path, groups: lis
     tables = re.findall(r"^\| key \| default \| meaning \|\n((?:\|.*\n)+)", page.read_text(), re.MULTILINE)
     rows = re.findall(r"^\| `([a-z_]+\.[a-z_.]+)` \| `([^`]+)` \|", "".join(tables), re.MULTILINE)
     assert len(rows) >= at_least
-    settings = OmegaConf.to_container(load_config(groups))
+    # A page's tables are of its engine, or of FSDP.
+    configs = [load_config(groups), load_config([])]
     for key, said in rows:
-        node = settings
-        for part in key.split("."):
-            node = node[part]
+        node = OmegaConf.select(next(config for config in configs if has_key(config, key)), key)
+        node = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
         default = OmegaConf.to_container(OmegaConf.create(f"value: {said}"))["value"]
         if key in ("data.train_files", "trainer.default_local_dir"):
             default, node = (os.path.abspath(os.path.expanduser(path)) for path in (default, node))
         assert node == default, key
+
+
+def has_key(config: DictConfig, key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    return name in (OmegaConf.select(config, parent) or {})
 
 
 @pytest.mark.slow
