@@ -22,6 +22,8 @@ from verl_speculator.errors import ConfigError
 # What an engine takes at a time, in its batches: enough for its batch to stay full, and few to be done again when the
 # run is stopped.
 _BATCHES_AT_A_TIME = 4
+# Of what Ray thinks a machine has, and not of what an engine uses: more engines than cores must be able to start.
+_CPUS_OF_AN_ENGINE = 0.01
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,16 @@ def _answer_on_engines(
     _join_ray()
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows_at_once = min(settings.batch_size * _BATCHES_AT_A_TIME, -(-len(conversations) // num_engines))
-    chats = ray.data.from_items([{"chat": pickle.dumps(one)} for one in conversations])
-    answered = chats.repartition(target_num_rows_per_block=rows_at_once).map_batches(
+    # Cut here and not by an operator of Ray Data's: its tasks want a CPU, and engines may hold all there are.
+    blocks = -(-len(conversations) // rows_at_once)
+    chats = ray.data.from_items([{"chat": pickle.dumps(one)} for one in conversations], override_num_blocks=blocks)
+    answered = chats.map_batches(
         _Engine,
         fn_constructor_args=(build, tokenizer, settings),
-        batch_size=rows_at_once,
+        batch_size=None,
         concurrency=num_engines,
         num_gpus=gpus_each,
+        num_cpus=_CPUS_OF_AN_ENGINE,
     )
     for row in answered.iter_rows():
         yield pickle.loads(row["chat"])
