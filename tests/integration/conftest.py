@@ -53,7 +53,7 @@ def verl_speculator(warm_python) -> Callable[..., subprocess.CompletedProcess[st
     """Run the command; the caller looks at the exit status. Under Ray it is a real process, with Ray's own."""
 
     def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess[str]:
-        python = sys.executable if "--ray" in arguments else str(warm_python)
+        python = sys.executable if {"--ray", "tune"} & {*arguments} else str(warm_python)
         return run_process([python, "-m", "verl_speculator.cli", *arguments], **kwargs)
 
     return run
