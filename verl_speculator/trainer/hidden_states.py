@@ -18,24 +18,8 @@ from verl_speculator.checkpoint.hidden_states import (
 )
 from verl_speculator.data.chats import resolve_files
 from verl_speculator.errors import ConfigError
-from verl_speculator.trainer.resuming import describe_files, describe_origin, first_difference
+from verl_speculator.trainer.resuming import ROW_KEYS, describe_files, describe_origin, first_difference
 
-# What decides which tokens a row has. A row is found by its tokens: these only tell that a folder would be of no use.
-_ROW_KEYS = (
-    "model.custom_chat_template",
-    "data.max_length",
-    "data.truncation",
-    "data.train_max_samples",
-    "data.messages_key",
-    "data.tools_key",
-    "data.enable_thinking_key",
-    "data.enable_thinking_default",
-    "data.apply_chat_template_kwargs",
-    "data.ignore_input_ids_mismatch",
-    "data.custom_cls",
-    "data.shuffle",
-    "data.seed",
-)
 _DTYPE_KEY, _COMPUTE_KEY, _REVISION = "data.hidden_states_dtype", "engine.mixed_precision.param_dtype", "revision"
 _TORCH_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 _COMPLETE_FOR = "complete with the validation data"
@@ -121,7 +105,8 @@ def _describe(config: DictConfig, revision: str | None) -> dict[str, Any]:
     return {
         **describe_origin(config),
         _REVISION: revision,
-        **{key: str(OmegaConf.select(config, key)) for key in _ROW_KEYS},
+        # A row is found by its tokens: these only tell that a folder would be of no use.
+        **{key: str(OmegaConf.select(config, key)) for key in ("model.custom_chat_template", *ROW_KEYS)},
         _COMPUTE_KEY: _TORCH_NAMES.get(compute, compute),
         _DTYPE_KEY: _TORCH_NAMES.get(dtype, dtype),
     }

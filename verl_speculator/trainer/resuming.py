@@ -27,20 +27,8 @@ ORIGIN_FILE = f"{RESUME_FOLDER}/origin.json"
 _BASE, _DATA = "model.path", "data.train_files"
 _AFRESH = "start afresh with another trainer.default_local_dir or trainer.resume_mode=disable"
 
-# Settings that change what is learned, and sections of which every key does.
-_SECTIONS = ("model.speculator", "optim")
-_MODEL_KEYS = (
-    "model.speculator_path",
-    "model.speculator_adapter",
-    "model.speculator",
-    "model.speculator_loss_coeff",
-    "model.freeze_base_model",
-    "model.detach_hidden_states",
-    "model.custom_chat_template",
-)
-_TRAINING_KEYS = (
-    "optim",
-    "data.train_batch_size",
+# What decides which tokens a row has, beside the chat template.
+ROW_KEYS = (
     "data.max_length",
     "data.truncation",
     "data.train_max_samples",
@@ -53,8 +41,19 @@ _TRAINING_KEYS = (
     "data.custom_cls",
     "data.shuffle",
     "data.seed",
-    "trainer.seed",
 )
+# Settings that change what is learned, and sections of which every key does.
+_SECTIONS = ("model.speculator", "optim")
+_MODEL_KEYS = (
+    "model.speculator_path",
+    "model.speculator_adapter",
+    "model.speculator",
+    "model.speculator_loss_coeff",
+    "model.freeze_base_model",
+    "model.detach_hidden_states",
+    "model.custom_chat_template",
+)
+_TRAINING_KEYS = ("optim", "data.train_batch_size", *ROW_KEYS, "trainer.seed")
 # Written by verl's trainer, and longer when a run is to train longer.
 _LENGTHS = ("optim.total_training_steps",)
 
