@@ -2,15 +2,14 @@
 
 One head, two ways to run it, with the same numbers:
 
-- **While decoding** (`ScoringActor.score_tokens`) it reads a `Verification`. With `lora_rank: 0` these are the very states
-  that verification has computed: no model runs. With LoRA the scorer reads context and drafts itself, in one forward.
+- **While decoding** (`ScoringActor.score_tokens`) it reads a `Verification`. With `lora_rank: 0` these are the very
+  states that verification has computed: no model runs. With LoRA the scorer reads context and drafts in one forward.
 - **In training** (`ScoringActor.forward`) it reads windows of tokens, and runs the backbone on them.
 
 A window is `input_ids` = context + drafts. The context is the prompt and what was generated so far, its last token
 included; `draft_start_idx` is its length without any padding, the index of the first draft. What the target would have
 written is not among them: attention is causal, so the states at the drafts could not see it. It comes in beside them, as
-`target_ids`, and so do scalars. Logits at index t judge the token AT t, not the one after: [:, t, 0] rejects, [:, t, 1]
-accepts. A backbone in eval mode has no state between windows, so that a batch may hold windows of one answer in any order.
+`target_ids` and scalars. Logits at index t judge the token AT t, not the one after: [:, t, 0] rejects, [:, t, 1] accepts.
 
 Log π(a) of an action a in {0, 1} is then `logits.log_softmax(-1)[..., a]`, that of a language model of two words.
 """
@@ -19,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +76,8 @@ class ScoreHead(nn.Module):
 class ScoringActor(nn.Module):
     """A backbone, the target's layers up to its final norm, and a `ScoreHead`.
 
-    With `lora_rank: 0` only the head trains. Else the backbone is this scorer's own: it shares the weights of the target
-    that it was made from, and adds LoRA to them.
+    With `lora_rank: 0` only the head trains. Else the backbone is this scorer's own: it shares the weights of the
+    target that it was made from, and adds LoRA to them.
     """
 
     def __init__(self, config: ScoringModelConfig, backbone: nn.Module, head: ScoreHead) -> None:
@@ -302,8 +300,3 @@ def read_config(folder: str | Path) -> ScoringModelConfig:
 def _forced(logits: Tensor) -> Tensor:
     """Logits of acceptance beyond doubt, in the shape of `logits [..., 2]`."""
     return logits.new_tensor([-FORCED, FORCED]).expand_as(logits)
-
-
-def mean_score(scorers: Sequence[ScoringActor], verification: Verification) -> Tensor:
-    """The mean of an ensemble's scores [B, k]."""
-    return torch.stack([scorer.score_tokens(verification) for scorer in scorers]).mean(0)

@@ -28,9 +28,9 @@ class Window:
         input_ids: Context and drafts, without padding: `draft_start_idx + k` tokens.
         draft_start_idx: Where the drafts begin, the length of the context.
         prompt_length: Tokens of the prompt, with which the context begins.
-        target_ids: k + 1: what the target would have written at each draft, having read those before, and after the last.
+        target_ids: k + 1: what the target would have written at each draft, and after the last one.
         scalars: k rows of the scalars, in the order of the file's metadata (`features.draft_scalars`).
-        prompt_index: Which prompt of the data this is an answer to; windows of one prompt lie side by side, in order.
+        prompt_index: Which prompt of the data this is an answer to; its windows lie side by side.
         answer: The reference answer.
         strict_correct: Whether strict decoding answers rightly.
         strict_calls: Target calls that strict decoding takes for the whole answer, the prompt's included.
