@@ -8,8 +8,8 @@ One head, two ways to run it, with the same numbers:
 
 A window is `input_ids` = context + drafts. The context is the prompt and what was generated so far, its last token
 included; `draft_start_idx` is its length without any padding, the index of the first draft. What the target would have
-written is not among them: attention is causal, so the states at the drafts could not see it. It comes in beside them, as
-`target_ids` and scalars. Logits at index t judge the token AT t, not the one after: [:, t, 0] rejects, [:, t, 1] accepts.
+written is not among them: attention is causal, so the states at the drafts could not see it. It comes in beside them,
+as `target_ids` and scalars. Logits at t judge the token AT t, not the one after: [:, t, 0] rejects, [:, t, 1] accepts.
 
 Log π(a) of an action a in {0, 1} is then `logits.log_softmax(-1)[..., a]`, that of a language model of two words.
 """
