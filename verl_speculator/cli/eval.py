@@ -7,7 +7,6 @@ import functools
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from verl_speculator.cli.arguments import (
     add_data_arguments,
@@ -17,11 +16,9 @@ from verl_speculator.cli.arguments import (
     import_all,
     settings_of,
 )
+from verl_speculator.cli.progress import ProgressBars
 from verl_speculator.errors import ConfigError, SpeculatorError
 from verl_speculator.evaluation.settings import DRAFT_SAMPLING, EvaluationInput, EvaluationSettings
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 PURPOSE = "measure speculators: acceptance length, losslessness, speed"
 DESCRIPTION = """\
@@ -109,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     from verl_speculator.reports.page import write_file
     from verl_speculator.reports.table import format_table
 
-    with _ProgressBars() as bars:
+    with ProgressBars() as bars:
         result = evaluate(
             given.base,
             given.speculators,
@@ -143,26 +140,3 @@ def _check_run(folder: Path) -> None:
         read_curves(folder)
     except SpeculatorError as error:
         raise type(error)(f"--run-dir: {error}") from error
-
-
-class _ProgressBars:
-    """A bar for each thing that is done, one after the other."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._doing = ""
-
-    def __enter__(self) -> _ProgressBars:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, doing: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None or doing != self._doing:
-            self.__exit__()
-            self._doing, self._bar = doing, tqdm(total=total, desc=doing, unit="prompt", dynamic_ncols=True)
-        self._bar.update(done - self._bar.n)
