@@ -61,8 +61,8 @@ def add_pattern_argument(group: Any) -> None:
     group.add_argument(
         "--answer-pattern",
         metavar="REGEX",
-        help="whose first group is the answer in a text (default: '#### 12', '\\boxed{12}', 'answer is 12', or the last "
-        "number)",
+        help="whose first group is the answer in a text (default: '#### 12', '\\boxed{12}', 'answer is 12', or the "
+        "last number)",
     )
 
 
