@@ -58,7 +58,7 @@ class Experiment:
         return f"{_last(printed)} {_last(labels)}"
 
     def check_world(self, progress: Progress) -> str:
-        """Before anything is learned: a world in which a threshold does it all, or in which nothing helps, is no test."""
+        """Before anything is learned: a world in which a threshold does it all, or nothing helps, is no test."""
         from verl_speculator.scorer.supervised import area_under_curve
         from verl_speculator.scorer.windows import read_windows
 

@@ -27,6 +27,9 @@ and report tokens per target forward (acceptance length), whether the output sta
 
   verl-speculator eval --base BASE --speculator FOLDER --data test.parquet --report out/
 
+With --accept drafts are kept that the target would not have written: that is lossy, and is shown beside the lossless
+decoding of the same speculator; --answers COLUMN tells what it costs in accuracy.
+
 Several --speculator are compared side by side. --report writes eval.json and index.html, which opens in any browser.
 
 The exit status is 0; 1 if greedy outputs with drafts differ from plain decoding's; 2 for what cannot be measured.
@@ -46,6 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a speculator/ folder, a global_step_N that holds one, or a name on the hub; repeat to compare",
     )
     add_import_argument(what)
+    what.add_argument(
+        "--accept",
+        action="append",
+        metavar="RULE",
+        help="also decode with an acceptance rule, which is lossy: probability:P, top-k:K, kl:NATS, margin:RATIO, "
+        "entropy:SHARE, random:RATE, accept-all, or scorer:FOLDER[@THRESHOLD]; repeat to compare",
+    )
+    what.add_argument(
+        "--answers", metavar="COLUMN", help="column of the data with the right answers: accuracy is measured too"
+    )
     output = parser.add_argument_group("what to leave behind")
     output.add_argument("--report", type=Path, metavar="FOLDER", help="write eval.json and index.html there")
     output.add_argument(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from verl_speculator.base_model.loading import Target
-from verl_speculator.decoding import AcceptanceRule, Drafter, parse_rule
+from verl_speculator.decoding import AcceptanceRule, Drafter
 from verl_speculator.decoding.acceptance import Verification
-from verl_speculator.errors import ConfigError, naming
+from verl_speculator.errors import naming
 from verl_speculator.models import Speculator
 from verl_speculator.scorer.answers import AnswerCheck
 from verl_speculator.scorer.closed_loop import (
@@ -30,10 +30,8 @@ from verl_speculator.scorer.closed_loop import (
 )
 from verl_speculator.scorer.data import Question, Report
 from verl_speculator.scorer.labels import Oracle
-from verl_speculator.scorer.model import AutoModelForSPDScoring, read_config
-from verl_speculator.scorer.rule import ScorerRule
+from verl_speculator.scorer.rule import ScorerRule, check_rule, load_rule, scorer_folders
 
-SCORER = "scorer"
 # From careful to bold.
 GRIDS: dict[str, tuple[float, ...]] = {
     "random": (0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
@@ -61,36 +59,25 @@ class RuleSpec:
         """Raises ConfigError for what is no rule, MissingFileError where a scorer's folder has none."""
         label, found, rest = text.partition("=")
         rule = rest if found else text
-        spec = cls(label if found else rule, rule)
-        if spec.folders:
-            for folder in spec.folders:
-                read_config(folder)
-            return cls(label if found else "+".join(Path(folder).name for folder in spec.folders), rule)
         if rule not in GRIDS:
-            parse_rule(rule)
-        return spec
+            check_rule(rule)
+        folders, _ = scorer_folders(rule)
+        name = "+".join(Path(folder).name for folder in folders) or rule
+        return cls(label if found else name, rule)
 
     @property
-    def folders(self) -> list[str]:
-        """Of scorers; of several, joined by `+`, the scores are averaged."""
-        name, _, rest = self.text.partition(":")
-        return rest.partition("@")[0].split("+") if name == SCORER else []
+    def is_scorer(self) -> bool:
+        return bool(scorer_folders(self.text)[0])
 
     @property
     def is_chosen(self) -> bool:
         """Whether the setting is chosen on validation questions."""
-        return self.text in GRIDS or (bool(self.folders) and "@" not in self.text)
+        return self.text in GRIDS or (self.is_scorer and scorer_folders(self.text)[1] is None)
 
     def make(self, target: Target, setting: float | None) -> AcceptanceRule | None:
         """The rule, with `setting` where it is chosen; None is strict."""
-        if self.folders:
-            scorers = [AutoModelForSPDScoring.from_pretrained(folder, target.model) for folder in self.folders]
-            fixed = self.text.partition("@")[2]
-            try:
-                return ScorerRule(scorers, float(fixed) if fixed else setting)
-            except ValueError as error:
-                raise ConfigError(f"{self.text!r}: the threshold after @ must be a number") from error
-        return parse_rule(f"{self.text}:{setting:g}" if self.text in GRIDS else self.text)
+        text = f"{self.text}:{setting:g}" if self.text in GRIDS else self.text
+        return load_rule(text, target.model, setting)
 
 
 class _Listener(ScorerRule):
@@ -199,7 +186,7 @@ def _choose(
     decode: Callable[[Callable[[list[int]], Any], str], Answered],
     settings: ComparisonSettings,
 ) -> Choice:
-    rule = spec.make(target, 0.5) if spec.folders else None
+    rule = spec.make(target, 0.5) if spec.is_scorer else None
     grid: Sequence[float] = GRIDS.get(spec.text, ())
     if isinstance(rule, ScorerRule):
         listener = _Listener(rule)
