@@ -1,7 +1,7 @@
 """A small world of sums in words, made on the spot, in which some mismatches are harmless and others are not.
 
     question  x 4 a plus 7 b minus 3 c plus 9 ?
-    answer    stepwise then a 4 plus 7 gives 1 next b 1 minus 3 makes 8 now c 8 plus 9 yields 7 so answer is 7
+    answer    well stepwise then a 4 plus 7 gives 1 next b 1 minus 3 makes 8 now c 8 plus 9 yields 7 so answer is 7
 
 All is modulo 10. What makes it a world for a scorer:
 
@@ -51,6 +51,7 @@ VOCABULARY = (
     "?",
     *OPERATIONS,
     *STYLES,
+    "well",
     "skip",
     "answer",
     "is",
@@ -103,7 +104,7 @@ class Tongue:
         for slot, words in SYNONYMS.items():
             for number in range(10):
                 liked = common.sample(words, len(words))
-                differs = common.random() < 0.6
+                differs = common.random() < 0.85
                 self.likings[slot, number] = own.sample(words, len(words)) if differs else liked
         self.styles = {"target": (0.60, 0.22, 0.18), "draft": (0.34, 0.33, 0.33)}[speaker]
         # How much more a style is liked that the question's first number suggests.
@@ -114,7 +115,8 @@ class Tongue:
         weights = list(self.styles)
         weights[problem.start % 3] += self.whim
         style = generator.choices(STYLES, weights)[0]
-        words, value = [style], problem.start
+        # The first token is the prompt's own forward: no draft takes part in it.
+        words, value = ["well", style], problem.start
 
         def say(slot: str, number: int) -> str:
             if style == "loosely":
@@ -125,7 +127,7 @@ class Tongue:
         for index, (op, number) in enumerate(problem.steps):
             label = LABELS[index]
             # After some numbers solvers get sloppy.
-            if value in (1, 3, 7) and generator.random() < self.skips:
+            if value in (3, 7) and generator.random() < self.skips:
                 words += [say("opener", value), "skip", label]
                 continue
             before, value = value, apply(op, value, number)
