@@ -13,6 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from verl_speculator.decoding.batch import Batch
+from verl_speculator.decoding.drafters import Draft
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -99,3 +102,60 @@ class AcceptanceRule(Protocol):
     def accepts(self, verification: Verification) -> Tensor:
         """[B, k], bool; only the answers at `verification.mismatches` count."""
         ...
+
+
+class Relaxation:
+    """A rule at work on one round: from the drafts that are kept losslessly to those that are kept instead."""
+
+    def __init__(
+        self,
+        rule: AcceptanceRule,
+        batch: Batch,
+        draft: Draft,
+        hidden_states: Tensor,
+        logits: Tensor,
+        stop_tokens: frozenset[int],
+    ) -> None:
+        self._rule = rule
+        self._batch = batch
+        self._draft = draft
+        self._hidden_states = hidden_states
+        self._logits = logits
+        self._stop_tokens = stop_tokens
+
+    def __call__(self, matches: Tensor) -> Tensor:
+        context, draft = self._batch.context(), self._draft
+        everywhere = torch.full_like(context.lengths, draft.tokens.size(1))
+        verification = Verification(
+            tokens=context.tokens,
+            context_lengths=context.lengths,
+            prompt_lengths=self._batch.prompt_lengths(),
+            drafts=draft.tokens,
+            lengths=everywhere if draft.lengths is None else draft.lengths,
+            target_tokens=self._logits.argmax(-1),
+            logits=self._logits,
+            hidden_states=self._hidden_states,
+            draft_logits=draft.logits,
+            matches=matches,
+            stop_tokens=self._stop_tokens,
+            rows=list(self._batch.row_ids),
+        )
+        mismatches = verification.mismatches
+        self._asked = mismatches.any(dim=1)
+        if not bool(self._asked.any()):
+            self._lossy = mismatches
+            return matches
+        kept = verification.kept(self._rule.accepts(verification))
+        self._lossy = kept & mismatches
+        return kept
+
+    def lossy_slots(self, accepted: list[int]) -> list[list[int]]:
+        """Per row, which of its first `accepted` drafts only the rule has kept."""
+        return [
+            [slot for slot, lossy in enumerate(row[:count]) if lossy]
+            for row, count in zip(self._lossy.tolist(), accepted, strict=True)
+        ]
+
+    def calls(self) -> list[int]:
+        """Per row, forwards of the target's size that asking the rule took."""
+        return (self._asked.long() * self._rule.target_calls).tolist()

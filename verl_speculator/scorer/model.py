@@ -8,8 +8,8 @@ One head, two ways to run it, with the same numbers:
 
 A window is `input_ids` = context + drafts. The context is the prompt and what was generated so far, its last token
 included; `draft_start_idx` is its length without any padding, the index of the first draft. What the target would have
-written is not among them: attention is causal, so the states at the drafts could not see it. It comes in beside them, as
-`target_ids` and scalars. Logits at index t judge the token AT t, not the one after: [:, t, 0] rejects, [:, t, 1] accepts.
+written is not among them: attention is causal, so the states at the drafts could not see it. It comes in beside them,
+as `target_ids` and scalars. Logits at t judge the token AT t, not the one after: [:, t, 0] rejects, [:, t, 1] accepts.
 
 Log π(a) of an action a in {0, 1} is then `logits.log_softmax(-1)[..., a]`, that of a language model of two words.
 """
@@ -128,7 +128,7 @@ class ScoringActor(nn.Module):
         """
         from transformers.modeling_outputs import CausalLMOutputWithPast
 
-        hidden = self._states(input_ids, attention_mask, position_ids)
+        hidden = self.states(input_ids, attention_mask, position_ids)
         drafted = draft_mask[:, 1:].bool()
         matches = input_ids[:, 1:] == target_ids[:, 1:]
         # No text begins with a draft, so every draft has a state before it.
@@ -149,7 +149,7 @@ class ScoringActor(nn.Module):
             slots = torch.arange(inputs.size(1), device=inputs.device)
             mask = (slots >= context.size(1) - verification.context_lengths[:, None]).long()
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
-            hidden = self._states(inputs, mask, positions)[:, context.size(1) - 1 :]
+            hidden = self.states(inputs, mask, positions)[:, context.size(1) - 1 :]
         return self._judge(
             hidden,
             drafts == verification.target_tokens[:, :-1],
@@ -160,10 +160,15 @@ class ScoringActor(nn.Module):
 
     def _judge(self, hidden: Tensor, matches: Tensor, drafted: Tensor, target_ids: Tensor, scalars: Tensor) -> Tensor:
         """Logits [B, k, 2] from states [B, k + 1, H] and what is known of the k slots between them."""
+        logits = self.head(self.features(hidden, matches, drafted, target_ids, scalars))
+        return torch.where((drafted & ~matches)[..., None], logits, _forced(logits))
+
+    def features(self, hidden: Tensor, matches: Tensor, drafted: Tensor, target_ids: Tensor, scalars: Tensor) -> Tensor:
+        """What the head reads, [B, k, num_features]; arguments as of `features.head_features`, and ids [B, k]."""
         with torch.no_grad():
             # -1 and the like may stand where no draft is.
             embeddings = self.backbone.get_input_embeddings()(target_ids.clamp(min=0))
-        features = head_features(
+        return head_features(
             hidden,
             matches,
             drafted,
@@ -172,10 +177,9 @@ class ScoringActor(nn.Module):
             lookahead=self.scoring_config.lookahead,
             use_states=self.scoring_config.use_states,
         )
-        logits = self.head(features)
-        return torch.where((drafted & ~matches)[..., None], logits, _forced(logits))
 
-    def _states(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """The backbone's last states [B, S, H]; with a gradient only where LoRA trains."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.scoring_config.lora_rank > 0):
             output = self.backbone(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False

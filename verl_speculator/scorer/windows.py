@@ -34,7 +34,9 @@ class Window:
         answer: The reference answer.
         strict_correct: Whether strict decoding answers rightly.
         strict_calls: Target calls that strict decoding takes for the whole answer, the prompt's included.
-        labels: k: 1 if accepting the draft left the answer as it was, 0 if not, -1 where nobody looked.
+        labels: k: 1 if the target, going on after the draft, gives the answer that strict decoding gives; 0 if it gives
+            another, -1 where nobody looked (`scorer label` looks at every mismatch).
+        correct: k: the same, whether it gives the reference answer.
     """
 
     input_ids: list[int]
@@ -47,6 +49,7 @@ class Window:
     strict_correct: bool
     strict_calls: int
     labels: list[int]
+    correct: list[int]
 
     @property
     def drafts(self) -> list[int]:
@@ -77,6 +80,7 @@ _SCHEMA = pa.schema(
         ("strict_correct", pa.bool_()),
         ("strict_calls", pa.int32()),
         ("labels", pa.list_(pa.int8())),
+        ("correct", pa.list_(pa.int8())),
     ]
 )
 
