@@ -1,4 +1,4 @@
-"""What a training adjusts beside the weights: the price of a target call, and the threshold. A checkpoint holds both."""
+"""What a training adjusts beside the weights: the price of a target call, and the threshold; checkpoints hold both."""
 
 from __future__ import annotations
 

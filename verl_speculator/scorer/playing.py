@@ -8,37 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from verl_speculator.decoding import speculative_generate
+from verl_speculator.base_model.loading import Target
+from verl_speculator.data.prompts import left_pad
+from verl_speculator.decoding import Drafter, speculative_generate
 from verl_speculator.decoding.acceptance import Verification
-from verl_speculator.decoding.drafters import Drafter
+from verl_speculator.models import Speculator
 from verl_speculator.scorer.features import draft_scalars
 from verl_speculator.scorer.model import ScoringActor
-
-
-@dataclass(frozen=True)
-class WindowTokens:
-    """A window as the scorer reads it (`windows.Window`): contexts and drafts, and what the target made of these.
-
-    Attributes:
-        input_ids: Context and drafts.
-        draft_start_idx: The length of the context.
-        target_ids: At least one for each draft.
-        scalars: One list for each draft.
-    """
-
-    input_ids: list[int]
-    draft_start_idx: int
-    target_ids: list[int]
-    scalars: list[list[float]]
-
-    @property
-    def drafts(self) -> list[int]:
-        return self.input_ids[self.draft_start_idx :]
+from verl_speculator.scorer.supervised import window_features
+from verl_speculator.scorer.windows import UNKNOWN, Window
 
 
 @dataclass(frozen=True)
@@ -47,17 +29,17 @@ class Decision:
 
     Attributes:
         accepted: The action.
-        score: The probability of accepting.
+        log_odds: Of accepting.
         features: [F], what the head read.
     """
 
     accepted: bool
-    score: float
+    log_odds: float
     features: Tensor
 
 
 @dataclass
-class Answer:
+class PlayedAnswer:
     """A decoded answer and all that led to it.
 
     Attributes:
@@ -65,7 +47,6 @@ class Answer:
         calls: Of models of the target's size, the prompt's included.
         rounds: Of drafts.
         accepted: Drafts that were kept.
-        matched: Of these, those that matched.
         drafted: Drafts that there were.
         decisions: In the order in which they were taken.
         windows: With LoRA, each round with decisions: its window, and the slots of its decisions.
@@ -75,62 +56,34 @@ class Answer:
     calls: int = 0
     rounds: int = 0
     accepted: int = 0
-    matched: int = 0
     drafted: int = 0
     decisions: list[Decision] = field(default_factory=list)
-    windows: list[tuple[WindowTokens, list[int]]] = field(default_factory=list)
-
-
-def pad_windows(windows: Sequence[WindowTokens], num_scalars: int, device: Any) -> dict[str, Tensor]:
-    """What `ScoringActor.forward` takes of a batch of windows, padded on the right."""
-    width = max(len(window.input_ids) for window in windows)
-    shape = (len(windows), width)
-    tokens = {
-        name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "attention_mask", "target_ids")
-    }
-    scalars = torch.zeros(*shape, num_scalars)
-    draft_mask = torch.zeros(shape, dtype=torch.bool)
-    for row, window in enumerate(windows):
-        start, end = window.draft_start_idx, len(window.input_ids)
-        tokens["input_ids"][row, :end] = torch.tensor(window.input_ids)
-        tokens["attention_mask"][row, :end] = 1
-        tokens["target_ids"][row, start:end] = torch.tensor(window.target_ids[: end - start])
-        scalars[row, start:end] = torch.tensor(window.scalars).reshape(end - start, num_scalars)
-        draft_mask[row, start:end] = True
-    tokens["position_ids"] = torch.arange(width).expand(shape)
-    inputs = {**tokens, "scalars": scalars, "draft_mask": draft_mask}
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    windows: list[tuple[Window, list[int]]] = field(default_factory=list)
 
 
 @torch.no_grad()
-def score_windows(
-    actor: ScoringActor, windows: Sequence[WindowTokens], batch_size: int = 16
-) -> list[tuple[Tensor, Tensor]]:
-    """For each window the log odds of accepting `[k]` its drafts, and the features `[k, F]` that they follow from.
+def score_windows(actor: ScoringActor, windows: Sequence[Window], batch_size: int = 64) -> list[tuple[Tensor, Tensor]]:
+    """For each window the log odds `[k]` of accepting its drafts, and the features `[k, F]` that they follow from.
 
-    One forward of the scorer. Log odds of drafts that match are large.
+    One forward of the scorer's backbone; what is said of drafts that match has no meaning.
+
+    Args:
+        actor: The scorer.
+        windows: With the scalars that the scorer reads, in its order.
+        batch_size: Windows of a forward.
     """
-    device = next(actor.head.parameters()).device
-    num_scalars = len(actor.scoring_config.scalars)
+    columns = range(len(actor.scoring_config.scalars))
     # Windows of like length together: less padding.
     order = sorted(range(len(windows)), key=lambda index: len(windows[index].input_ids))
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    seen: list[Tensor] = []
-    hook = actor.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    try:
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            inputs = pad_windows([windows[index] for index in part], num_scalars, device)
-            seen.clear()
-            logits = actor(**inputs).logits
-            for row, index in enumerate(part):
-                drafts = inputs["draft_mask"][row]
-                log_odds = logits[row, drafts].float().diff(dim=-1).squeeze(-1)
-                # The head is asked from the second token on.
-                features = seen[0][row, drafts[1:]]
-                found[index] = (log_odds.cpu(), features.cpu().clone())
-    finally:
-        hook.remove()
+    for start in range(0, len(order), batch_size):
+        part = [windows[index] for index in order[start : start + batch_size]]
+        features, _ = window_features(actor, part, columns, actor.head.shift.device)
+        log_odds = actor.head(features).diff(dim=-1).squeeze(-1).cpu()
+        features = features.cpu()
+        for row, index in enumerate(order[start : start + batch_size]):
+            count = len(windows[index].drafts)
+            found[index] = (log_odds[row, :count].clone(), features[row, :count].clone())
     return [found[index] for index in range(len(windows))]
 
 
@@ -156,7 +109,7 @@ class RecordedDecisions:
     ) -> None:
         self._actor, self._temperature = actor, temperature
         self._generator, self._threshold = generator, threshold
-        self.answers = [Answer() for _ in range(num_rows)]
+        self.answers = [PlayedAnswer() for _ in range(num_rows)]
 
     @property
     def needs_draft_logits(self) -> bool:
@@ -167,69 +120,60 @@ class RecordedDecisions:
         return self._actor.target_calls
 
     def accepts(self, verification: Verification) -> Tensor:
-        mismatches = verification.mismatches
-        features, log_odds = self._judge(verification)
-        probability = (log_odds / self._temperature).sigmoid()
-        if self._generator is None:
-            accepts = (log_odds / self._actor.scoring_config.temperature).sigmoid() >= self._threshold
-        else:
-            uniform = torch.rand(probability.shape, generator=self._generator)
-            accepts = uniform.to(probability.device) < probability
-        kept, judged = verification.kept(accepts), verification.judged(accepts)
-        matches, drafted = verification.matches, verification.drafted
-        for place, row in enumerate(verification.rows):
-            answer = self.answers[row]
-            slots = judged[place].nonzero().flatten().tolist()
-            for slot in slots:
-                decision = Decision(
-                    bool(accepts[place, slot]), float(probability[place, slot]), features[place, slot].cpu().clone()
-                )
-                answer.decisions.append(decision)
-            answer.calls += 1 + (self.target_calls if bool(mismatches[place].any()) else 0)
-            answer.rounds += 1
-            answer.accepted += int(kept[place].sum())
-            answer.matched += int((kept[place] & matches[place]).sum())
-            answer.drafted += int(drafted[place].sum())
-            if slots and self.target_calls:
-                answer.windows.append((self._window(verification, place), slots))
-        return accepts
-
-    def _judge(self, verification: Verification) -> tuple[Tensor, Tensor]:
-        """What the head reads of every slot `[B, k, F]`, and its log odds `[B, k]`."""
         seen: list[Tensor] = []
         hook = self._actor.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
         try:
-            log_odds = self._actor.decision_logits(verification).float().diff(dim=-1).squeeze(-1)
+            log_odds = self._actor.decision_logits(verification).diff(dim=-1).squeeze(-1)
         finally:
             hook.remove()
-        return seen[0], log_odds
+        if self._generator is None:
+            accepts = (log_odds / self._actor.scoring_config.temperature).sigmoid() >= self._threshold
+        else:
+            drawn = torch.rand(log_odds.shape, generator=self._generator).to(log_odds.device)
+            accepts = drawn < (log_odds / self._temperature).sigmoid()
+        judged = verification.judged(accepts)
+        for place, row in enumerate(verification.rows):
+            slots = judged[place].nonzero().flatten().tolist()
+            for slot in slots:
+                decision = Decision(
+                    bool(accepts[place, slot]), float(log_odds[place, slot]), seen[0][place, slot].cpu().clone()
+                )
+                self.answers[row].decisions.append(decision)
+            if slots and self.target_calls:
+                self.answers[row].windows.append((self._window(verification, place), slots))
+        return accepts
 
-    def _window(self, verification: Verification, place: int) -> WindowTokens:
+    def _window(self, verification: Verification, place: int) -> Window:
         length, count = int(verification.context_lengths[place]), int(verification.lengths[place])
-        context = verification.tokens[place, -length:]
-        drafts = verification.drafts[place, :count]
+        tokens = torch.cat([verification.tokens[place, -length:], verification.drafts[place, :count]])
         scalars = draft_scalars(verification, self._actor.scoring_config.scalars)[place, :count]
-        return WindowTokens(
-            torch.cat([context, drafts]).tolist(),
-            length,
-            verification.target_tokens[place, : count + 1].tolist(),
-            scalars.tolist(),
+        return Window(
+            input_ids=tokens.tolist(),
+            draft_start_idx=length,
+            prompt_length=int(verification.prompt_lengths[place]),
+            target_ids=verification.target_tokens[place, : count + 1].tolist(),
+            scalars=scalars.tolist(),
+            prompt_index=-1,
+            answer="",
+            strict_correct=False,
+            strict_calls=0,
+            labels=[UNKNOWN] * count,
+            correct=[UNKNOWN] * count,
         )
 
 
 def play_answers(
     actor: ScoringActor,
-    target: Any,
-    drafter: Drafter,
+    target: Target,
+    drafter: Drafter | Speculator,
     prompts: Sequence[list[int]],
     *,
-    stop_tokens: Sequence[int],
     max_new_tokens: int,
     num_draft_tokens: int | None,
-    temperature: float,
-    threshold: float,
-    generator: torch.Generator | None,
-) -> list[Answer]:
+    temperature: float = 1.0,
+    threshold: float = 0.5,
+    generator: torch.Generator | None = None,
+) -> list[PlayedAnswer]:
     """Decode an answer to each prompt, the scorer deciding on every mismatch: closed loop.
 
     Accepted drafts stand in the text that later decisions see, as they will when it is served; what a decision is worth
@@ -237,31 +181,29 @@ def play_answers(
 
     Args:
         actor: The scorer.
-        target: The causal model that verifies.
+        target: Verifies.
         drafter: Drafts.
         prompts: Tokens of each.
-        stop_tokens: End an answer.
-        max_new_tokens: Cut it.
+        max_new_tokens: Cut an answer.
         num_draft_tokens: Of a round; None is as many as the drafter can make.
         temperature: See `RecordedDecisions`; so are the next two.
         threshold: Used where `generator` is None.
         generator: Of the actions.
     """
     rule = RecordedDecisions(actor, len(prompts), temperature=temperature, generator=generator, threshold=threshold)
-    width = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    input_ids, mask = left_pad(prompts, target.tokenizer, target.device)
     result = speculative_generate(
-        target,
+        target.model,
         drafter,
-        input_ids.to(target.device),
-        mask.to(target.device),
+        input_ids,
+        mask,
         max_new_tokens=max_new_tokens,
         num_draft_tokens=num_draft_tokens,
-        eos_token_id=stop_tokens,
-        acceptance=rule,
+        eos_token_id=target.stop_tokens,
+        lossy_rule=rule,
     )
-    for answer, tokens in zip(rule.answers, result.tokens, strict=True):
-        answer.tokens = tokens
-        answer.calls += 1  # the prompt's
+    for row, answer in enumerate(rule.answers):
+        answer.tokens, answer.calls = result.tokens[row], result.target_calls[row]
+        answer.rounds = len(result.accepted_per_round[row])
+        answer.accepted, answer.drafted = sum(result.accepted_per_round[row]), sum(result.drafted_per_round[row])
     return rule.answers

@@ -10,8 +10,18 @@ from verl_speculator.errors import ConfigError, nearest_name
 
 T = TypeVar("T")
 
+_TYPES: dict[str, tuple[type, ...]] = {
+    "float": (int, float),
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "bool": (bool,),
+    "str": (str,),
+}
+
 ROLLOUT_SECTION = "actor_rollout_ref.rollout.custom"
 REWARD_SECTION = "reward.reward_kwargs"
+# `reward.custom_reward_function` where the user has no other.
+OWN_SCORE = ("pkg://verl_speculator.scorer.spd_scorer_reward", "compute_score")
 
 
 @dataclass(frozen=True)
@@ -82,10 +92,8 @@ class RolloutSettings:
     completion: CompletionSettings = field(default_factory=CompletionSettings)
 
     def __post_init__(self) -> None:
-        if not self.target_model_path:
-            raise ConfigError("rollout.target_model_path must name the target model's folder")
         if self.closed_loop and not self.draft_model_path:
-            raise ConfigError("rollout.draft_model_path must name the draft model's folder where rollout.closed_loop=true")
+            raise ConfigError("rollout.closed_loop=true needs rollout.draft_model_path, the folder of what drafts")
         _require_between(f"{ROLLOUT_SECTION}.score_threshold", self.score_threshold, 0, 1)
         _require_at_least(f"{ROLLOUT_SECTION}.max_new_tokens", self.max_new_tokens, 1)
         if self.num_draft_tokens is not None:
@@ -95,6 +103,8 @@ class RolloutSettings:
     def of(cls, config: Any) -> RolloutSettings:
         """From verl's `actor_rollout_ref` section."""
         values = _plain(config.rollout.custom)
+        if not values.get("target_model_path"):
+            raise ConfigError("rollout.target_model_path must name the target model's folder")
         for name, kind in (("threshold", ThresholdSettings), ("completion", CompletionSettings)):
             values[name] = _build(kind, values.get(name) or {}, f"{ROLLOUT_SECTION}.{name}")
         return _build(cls, values, ROLLOUT_SECTION)
@@ -155,10 +165,12 @@ def _build(kind: type[T], values: Mapping[str, Any], section: str) -> T:
             meant = f"; did you mean {near}?" if near else f"; it has {', '.join(names)}"
             raise ConfigError(f"{section}.{key} is not a configuration key{meant}")
     for one in fields(kind):  # type: ignore[arg-type]
+        wanted = _TYPES.get(str(one.type))
         value = values.get(one.name)
-        wanted = {"float": (int, float), "int": (int,), "int | None": (int, type(None)), "bool": (bool,)}.get(str(one.type))
-        is_wrong = wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted))
-        if one.name in values and is_wrong:
+        if one.name not in values or wanted is None:
+            continue
+        # A bool is an int for Python, and no number for us.
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
             raise ConfigError(f"{section}.{one.name}={value!r} must be a {str(one.type).partition(' ')[0]}")
     return kind(**values)
 

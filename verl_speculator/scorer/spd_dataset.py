@@ -97,9 +97,12 @@ class SPDRLHFDataset(Dataset):
             **item,
             "target_ids": window.target_ids,
             "scalars": window.scalars,
+            "scalar_names": self.scalars,
             "prompt_length": window.prompt_length,
             "strict_correct": window.strict_correct,
             "strict_calls": window.strict_calls,
+            "labels": window.labels,
+            "correct": window.correct,
             # What verl's trainer looks for.
             "raw_prompt": tokens[: window.prompt_length],
             "data_source": "spd",
@@ -109,13 +112,34 @@ class SPDRLHFDataset(Dataset):
         }
 
 
-def unpadded(item: dict[str, Any]) -> tuple[list[int], int]:
-    """The tokens of a row, and where its drafts begin in them, whatever its padding."""
+def window_of(item: dict[str, Any], scalars: Sequence[str]) -> Window:
+    """The window of a row, whatever its padding, with these scalars of it.
+
+    Raises:
+        ConfigError: The data has no such scalar.
+    """
+    names = list(item["scalar_names"])
+    if missing := [name for name in scalars if name not in names]:
+        raise ConfigError(f"the scorer reads {missing[0]!r}, and the windows of the data have {', '.join(names)}")
     tokens, start = item["input_ids"], int(item["draft_start_idx"])
-    if not isinstance(tokens, torch.Tensor):
-        return list(tokens), start
-    mask = item["attention_mask"].bool()
-    return tokens[mask].tolist(), start - int((~mask[:start]).sum())
+    if isinstance(tokens, torch.Tensor):
+        mask = item["attention_mask"].bool()
+        start -= int((~mask[:start]).sum())
+        tokens = tokens[mask].tolist()
+    columns = [names.index(name) for name in scalars]
+    return Window(
+        input_ids=list(tokens),
+        draft_start_idx=start,
+        prompt_length=int(item["prompt_length"]),
+        target_ids=list(item["target_ids"]),
+        scalars=[[row[column] for column in columns] for row in item["scalars"]],
+        prompt_index=int(item["extra_info"]["prompt_index"]),
+        answer=item["reward_model"]["ground_truth"],
+        strict_correct=bool(item["strict_correct"]),
+        strict_calls=int(item["strict_calls"]),
+        labels=list(item["labels"]),
+        correct=list(item["correct"]),
+    )
 
 
 def _first_of_prompts(windows: Sequence[Window]) -> list[Window]:

@@ -1,14 +1,13 @@
 """verl's engine for a scorer: actions are the tokens of a language model of two words. Checked on verl 0.9.1.
 
-The target is frozen. Every rank keeps a whole copy, in which it also decodes, and nothing is sharded: only the head (and
-LoRA) trains, a few megabytes, and ranks average its gradients. verl's own code then makes log-probabilities, entropy,
-KL and the loss of the two logits.
+The target is frozen. Every rank keeps a whole copy, in which it also decodes, and nothing is sharded: what trains is
+the head (and LoRA), a few megabytes, and ranks average its gradients. Of the two logits verl's own code then makes
+log-probabilities, entropy, KL and the loss.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +33,6 @@ from verl_speculator.checkpoint.training_state import load_training_state, save_
 from verl_speculator.scorer.config import ScoringModelConfig
 from verl_speculator.scorer.controllers import learned_threshold
 from verl_speculator.scorer.model import WEIGHTS_FILE, AutoModelForSPDScoring, ScoringActor
-from verl_speculator.scorer.playing import WindowTokens, pad_windows
 
 MODEL_TYPE = "spd_scorer"
 SCORER_FOLDER = "scorer"
@@ -48,7 +46,7 @@ class ScorerModelConfig(HFModelConfig):
 
 
 class ScorerPolicy(nn.Module):
-    """What verl's engine calls: the two logits of each decision, in the slot before its token as in a language model."""
+    """What verl's engine calls: two logits for each decision, in the slot before its token as in a language model."""
 
     def __init__(self, actor: ScoringActor) -> None:
         super().__init__()
@@ -69,7 +67,7 @@ class ScorerPolicy(nn.Module):
             num_tokens: Of the packed batch.
             slots: [N], where the decisions' logits go.
             features: [N, F] of the decisions, for a frozen target.
-            windows: Or the windows that they are the drafts of, as `pad_windows` gives them.
+            windows: Or what `ScoringActor.forward` takes of the windows whose drafts they are.
             use_cache: verl's.
         """
         if features is not None:
@@ -180,16 +178,27 @@ class SPDScorerEngine(FSDPEngineWithLMHead):
         return model_inputs, output_args
 
     def _windows(self, micro_batch: TensorDict, responses: list[Tensor]) -> dict[str, Tensor]:
-        """The windows that responses decide on; a padding row has one of its length."""
+        """The windows whose drafts responses decide on, padded on the right; what is not a draft has zeros."""
+        rows = micro_batch["input_ids"].unbind()
         num_scalars = len(self.actor.scoring_config.scalars)
-        windows = []
-        for row, response in enumerate(responses):
-            tokens = micro_batch["input_ids"][row].tolist()
-            count = len(response)
-            targets = micro_batch["target_ids"][row].tolist()[:count]
-            scalars = micro_batch["scalars"][row].reshape(-1, num_scalars)[:count].tolist()
-            windows.append(WindowTokens(tokens, len(tokens) - count, targets, scalars))
-        return pad_windows(windows, num_scalars, get_device_id())
+        shape = (len(rows), max(map(len, rows)))
+        device = rows[0].device
+        windows = {
+            name: torch.zeros(shape, dtype=torch.long, device=device)
+            for name in ("input_ids", "attention_mask", "target_ids")
+        }
+        scalars = torch.zeros(*shape, num_scalars, device=device)
+        draft_mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        targets, values = micro_batch["target_ids"].unbind(), micro_batch["scalars"].unbind()
+        for place, (row, response) in enumerate(zip(rows, responses, strict=True)):
+            drafts = slice(len(row) - len(response), len(row))
+            windows["input_ids"][place, : len(row)] = row
+            windows["attention_mask"][place, : len(row)] = 1
+            windows["target_ids"][place, drafts] = targets[place][: len(response)]
+            scalars[place, drafts] = values[place].reshape(-1, num_scalars)[: len(response)]
+            draft_mask[place, drafts] = True
+        positions = torch.arange(shape[1], device=device).expand(shape)
+        return {**windows, "position_ids": positions, "scalars": scalars, "draft_mask": draft_mask}
 
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any

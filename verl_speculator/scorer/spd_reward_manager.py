@@ -48,8 +48,7 @@ class SPDRewardManager(RewardManagerBase):
         answer, cost_price, context = (episode.pop(key) for key in ("answer", "cost_price", "context"))
         where = f"row {extra['index']} of {extra['file']}"
         if answer is None:
-            # The scorer has decided as strict decoding does, whose answer is known.
-            episode |= {"correct": episode["strict_correct"], "extracted": True}
+            episode["extracted"] = True  # `correct` says what is known
         else:
             given = await self._call(
                 self.compute_score,

@@ -4,13 +4,13 @@
 their actions from it. Matches are accepted. What trains are the mismatches up to and with the first reject: what comes
 after it was not decided on.
 
-**Closed loop.** Each of `n` samples decodes a whole answer, drawing every decision; all decisions of an answer, in their
-order, are one sequence of actions with the answer's reward. A row needs no text for that: a frozen target's features of
-each decision are those that verification has computed, so they stand in the row, and an update of verl's runs the head on
-them. Text with rejected drafts beside it would be the same policy gradient, but rejected drafts branch off, and a forward
-over branches needs an attention mask that neither flash attention nor packed batches have. With LoRA states change
-with the weights; an answer is then several rows, one for each round that decided on something, which share one session
-of verl's: the advantage is that of the answer and counts for all of them.
+**Closed loop.** Each of `n` samples decodes a whole answer, drawing every decision; all decisions of an answer, in
+order, are one sequence of actions with the answer's reward. A row needs no text for that: a frozen target's features
+of each decision are those that verification has computed, so they stand in the row, and an update of verl's runs the
+head on them. Text with rejected drafts beside it would be the same policy gradient, but rejected drafts branch off, and
+a forward over branches needs an attention mask that neither flash attention nor packed batches have. With LoRA states
+change with the weights; an answer is then several rows, one for each round that decided on something, which share one
+session of verl's: the advantage is that of the answer and counts for all of them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from verl import DataProto
 from verl.utils import tensordict_utils as tu
 
 from verl_speculator.scorer.completion import Completions
+from verl_speculator.scorer.config import ScoringModelConfig
 from verl_speculator.scorer.controllers import Controllers
-from verl_speculator.scorer.playing import Answer, WindowTokens
-from verl_speculator.scorer.settings import RewardSettings, RolloutSettings
-from verl_speculator.scorer.spd_dataset import unpadded
+from verl_speculator.scorer.playing import PlayedAnswer
+from verl_speculator.scorer.settings import OWN_SCORE, RewardSettings, RolloutSettings
+from verl_speculator.scorer.spd_dataset import window_of
+from verl_speculator.scorer.windows import UNKNOWN, Window
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Sample:
     Attributes:
         prompt: The dataset's row.
         sequences: At least one.
-        answer: Tokens of the answer; None where strict decoding's is known to be the same.
+        answer: Tokens of the answer; None where it is known whether it is right.
         episode: What `SPDRewardManager` wants to know beside it.
         tokens: That target calls have given.
         rounds: Of drafts.
@@ -91,25 +93,17 @@ class Sample:
 
 
 def decide(
-    log_odds: Tensor, mismatches: Tensor, temperature: float, generator: torch.Generator | None, threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Actions [k], mask [k] and scores [k] of a window whose drafts have these log odds.
+    scores: Tensor, mismatches: Tensor, generator: torch.Generator | None, threshold: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Actions [k] and mask [k] of a window whose drafts have these scores [k].
 
-    Args:
-        log_odds: [k].
-        mismatches: [k], bool.
-        temperature: Of the actions.
-        generator: None accepts from the threshold on.
-        threshold: On the score at temperature 1.
+    Matches are accepted; the mask has the mismatches up to and with the first reject. `generator` None accepts from the
+    threshold on.
     """
-    scores = (log_odds / temperature).sigmoid()
-    if generator is None:
-        accepts = log_odds.sigmoid() >= threshold
-    else:
-        accepts = torch.rand(scores.shape, generator=generator) < scores
-    accepts = accepts | ~mismatches
+    wanted = scores >= threshold if generator is None else torch.rand(scores.shape, generator=generator) < scores
+    accepts = wanted | ~mismatches
     before = torch.cat([torch.ones(1, dtype=torch.bool), accepts[:-1]]).long().cumprod(0).bool()
-    return accepts.long(), (mismatches & before).long(), torch.where(mismatches, scores, 1.0)
+    return accepts.long(), (mismatches & before).long()
 
 
 def kept_drafts(accepts: Tensor) -> int:
@@ -122,13 +116,14 @@ class ScorerClient:
 
     def __init__(self, workers: Any, controllers: Controllers) -> None:
         self._workers, self.controllers = workers, controllers
+        self.scoring_config: ScoringModelConfig = workers.scoring_config()[0]
 
-    def score_windows(self, windows: Sequence[WindowTokens]) -> list[tuple[Tensor, Tensor]]:
+    def score_windows(self, windows: Sequence[Window]) -> list[tuple[Tensor, Tensor]]:
         return self._call("score_windows", "window", windows, "scored")
 
     def play_answers(
         self, prompts: Sequence[list[int]], temperature: float, threshold: float, seed: int | None
-    ) -> list[Answer]:
+    ) -> list[PlayedAnswer]:
         return self._call(
             "play_answers", "prompt", prompts, "answer", temperature=temperature, threshold=threshold, seed=seed
         )
@@ -164,8 +159,10 @@ class SPDRollout:
         self._client, self._reward_workers, self._completions = llm_client, reward_loop_worker_handles, completions
         self._rollout = config.actor_rollout_ref.rollout
         self._settings, self._reward = RolloutSettings.of(config.actor_rollout_ref), RewardSettings.of(config)
-        own = "spd_scorer_reward" in str(config.reward.custom_reward_function.path)
-        self._needs_every_text = not own
+        function = config.reward.custom_reward_function
+        # What a window's data says of an answer is what our own function says.
+        self._needs_every_text = (function.path, function.name) != OWN_SCORE
+        self._scoring = llm_client.scoring_config
         self._metrics: dict[str, dict[str, float]] = {}
 
     @classmethod
@@ -207,50 +204,52 @@ class SPDRollout:
 
     def _sample_windows(self, rows: list[dict[str, Any]], repeats: int, seed: int | None) -> list[Sample]:
         generator = None if seed is None else torch.Generator().manual_seed(seed)
-        windows = []
-        for row in rows[::repeats]:
-            tokens, start = unpadded(row)
-            windows.append(WindowTokens(tokens, start, list(row["target_ids"]), [list(one) for one in row["scalars"]]))
+        windows = [window_of(row, self._scoring.scalars) for row in rows[::repeats]]
         scored = self._client.score_windows(windows)
-        samples = []
-        for place, row in enumerate(rows):
-            window, (log_odds, features) = windows[place // repeats], scored[place // repeats]
-            samples.append(self._sample_window(row, window, log_odds, features, generator))
+        samples = [
+            self._sample_window(row, windows[place // repeats], *scored[place // repeats], generator)
+            for place, row in enumerate(rows)
+        ]
         self._finish([sample for sample in samples if sample.answer is not None])
         return samples
 
     def _sample_window(
         self,
         row: dict[str, Any],
-        window: WindowTokens,
+        window: Window,
         log_odds: Tensor,
         features: Tensor,
         generator: torch.Generator | None,
     ) -> Sample:
         drafts, targets = torch.tensor(window.drafts), torch.tensor(window.target_ids)
         mismatches = drafts != targets[: len(drafts)]
-        threshold = self._client.controllers.threshold
-        accepts, mask, scores = decide(log_odds, mismatches, self._rollout.temperature, generator, threshold)
+        temperature = self._scoring.temperature if generator is None else self._rollout.temperature
+        scores = (log_odds / temperature).sigmoid()
+        accepts, mask = decide(scores, mismatches, generator, self._client.controllers.threshold)
         kept, strict = kept_drafts(accepts), kept_drafts(~mismatches)
         context = window.input_ids[: window.draft_start_idx]
         inputs = {"features": features.flatten()}
-        if not features.numel():
+        if self._scoring.lora_rank:
             inputs = {"target_ids": targets, "scalars": torch.tensor(window.scalars).flatten()}
         text = context + window.drafts[:kept] + window.target_ids[kept : kept + 1]
+        accepted = (mask & accepts).nonzero().flatten().tolist()
+        # After the last mismatch that was accepted the target goes on by itself, as it did when that one was labelled.
+        known = window.correct[accepted[-1]] if accepted else int(window.strict_correct)
         return Sample(
             prompt=row,
-            sequences=[Actions(accepts, mask, scores, context, inputs, drafts)],
-            answer=text if kept != strict or self._needs_every_text else None,
+            sequences=[Actions(accepts, mask, torch.where(mismatches, scores, 1.0), context, inputs, drafts)],
+            answer=text if known == UNKNOWN or self._needs_every_text else None,
             episode={
-                "strict_correct": bool(row["strict_correct"]),
+                "correct": known == 1,
+                "strict_correct": window.strict_correct,
                 "accepted": kept,
                 "strict_accepted": strict,
                 "drafted": len(drafts),
-                # Per token: this window gives one more than it keeps.
+                # Per token: a call gives one more than it keeps.
                 "calls": 1 / (kept + 1),
                 "strict_calls": 1 / (strict + 1),
                 "mismatches": int(mask.sum()),
-                "accepted_mismatches": int((mask & accepts).sum()),
+                "accepted_mismatches": len(accepted),
                 "context": text,
             },
             tokens=kept + 1,
@@ -268,18 +267,20 @@ class SPDRollout:
                 sample.answer = answer
 
     def _play(self, rows: list[dict[str, Any]], repeats: int, seed: int | None) -> list[Sample]:
-        prompts = [unpadded(row)[0][: int(row["prompt_length"])] for row in rows]
-        threshold = self._client.controllers.threshold
-        answers = self._client.play_answers(prompts, self._rollout.temperature, threshold, seed)
+        windows = [window_of(row, ()) for row in rows]
+        prompts = [window.input_ids[: window.prompt_length] for window in windows]
+        temperature, threshold = self._rollout.temperature, self._client.controllers.threshold
+        answers = self._client.play_answers(prompts, temperature, threshold, seed)
         return [
             Sample(
                 prompt=row,
-                sequences=answer_sequences(prompt, answer),
+                sequences=answer_sequences(prompt, answer, self._scoring, temperature),
                 answer=answer.tokens,
                 episode={
+                    "correct": False,
                     "strict_correct": bool(row["strict_correct"]),
                     "accepted": answer.accepted,
-                    "strict_accepted": answer.matched,
+                    "strict_accepted": answer.accepted - sum(decision.accepted for decision in answer.decisions),
                     "drafted": answer.drafted,
                     "calls": answer.calls,
                     "strict_calls": int(row["strict_calls"]),
@@ -345,31 +346,40 @@ class SPDRollout:
         tq.kv_batch_put(keys=uids, tags=[{"status": "finished"}] * len(uids), partition_id=part)
 
 
-def answer_sequences(prompt: list[int], answer: Answer) -> list[Actions]:
+def answer_sequences(
+    prompt: list[int], answer: PlayedAnswer, config: ScoringModelConfig, temperature: float
+) -> list[Actions]:
     """The decisions of an answer as sequences: one with features; with LoRA one for each round that decided.
 
-    An answer without decisions is one action that was forced and does not count: its reward is part of the group's mean.
+    An answer without decisions is one forced action that does not count: its reward is part of the group's mean.
     """
-    if answer.windows:
-        decisions = iter(answer.decisions)
-        return [_window_actions(window, {slot: next(decisions) for slot in slots}) for window, slots in answer.windows]
-    if not answer.decisions:
-        one = torch.ones(1, dtype=torch.long)
-        return [Actions(one, 0 * one, torch.ones(1), prompt, {}, one)]
+    one = torch.ones(1, dtype=torch.long)
     accepts = torch.tensor([int(decision.accepted) for decision in answer.decisions])
-    scores = torch.tensor([decision.score for decision in answer.decisions])
-    features = torch.stack([decision.features for decision in answer.decisions])
-    return [Actions(accepts, torch.ones_like(accepts), scores, prompt, {"features": features.flatten()}, accepts)]
+    scores = (torch.tensor([decision.log_odds for decision in answer.decisions]) / temperature).sigmoid()
+    if not answer.decisions:
+        inputs = {"features": torch.zeros(config.num_features)}
+        if config.lora_rank:
+            inputs = {"target_ids": one, "scalars": torch.zeros(len(config.scalars))}
+        return [Actions(one, 0 * one, torch.ones(1), prompt, inputs, one)]
+    if not config.lora_rank:
+        features = torch.stack([decision.features for decision in answer.decisions]).clone()
+        return [Actions(accepts, torch.ones_like(accepts), scores, prompt, {"features": features.flatten()}, accepts)]
+    sequences, done = [], 0
+    for window, slots in answer.windows:
+        taken = slice(done, done + len(slots))
+        sequences.append(_window_actions(window, slots, accepts[taken], scores[taken]))
+        done += len(slots)
+    return sequences
 
 
-def _window_actions(window: WindowTokens, decided: dict[int, Any]) -> Actions:
+def _window_actions(window: Window, slots: list[int], accepts: Tensor, scores: Tensor) -> Actions:
     count = len(window.drafts)
-    accepts, mask, scores = torch.ones(count, dtype=torch.long), torch.zeros(count, dtype=torch.long), torch.ones(count)
-    for slot, decision in decided.items():
-        accepts[slot], mask[slot], scores[slot] = int(decision.accepted), 1, decision.score
+    all_accepts, all_scores = torch.ones(count, dtype=torch.long), torch.ones(count)
+    mask = torch.zeros_like(all_accepts)
+    all_accepts[slots], mask[slots], all_scores[slots] = accepts, 1, scores
     inputs = {"target_ids": torch.tensor(window.target_ids), "scalars": torch.tensor(window.scalars).flatten()}
-    drafts = torch.tensor(window.drafts)
-    return Actions(accepts, mask, scores, window.input_ids[: window.draft_start_idx], inputs, drafts)
+    context = window.input_ids[: window.draft_start_idx]
+    return Actions(all_accepts, mask, all_scores, context, inputs, torch.tensor(window.drafts))
 
 
 def row_fields(sample: Sample, actions: Actions) -> dict[str, Any]:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tensordict import TensorDict
-from tensordict.tensorclass import NonTensorStack
+from tensordict.tensorclass import NonTensorData, NonTensorStack
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
-from verl_speculator.decoding.drafters import Drafter
 from verl_speculator.platforms import cpu
-from verl_speculator.scorer.playing import Answer, WindowTokens, play_answers, score_windows
+from verl_speculator.scorer.config import ScoringModelConfig
+from verl_speculator.scorer.data import load_drafter
+from verl_speculator.scorer.playing import play_answers, score_windows
 from verl_speculator.scorer.settings import RolloutSettings
 from verl_speculator.scorer.spd_engine import SPDScorerEngine
+
+DEFAULT_DRAFTS = 4  # of a draft model, which could go on for ever
 
 
 class SPDTrainingWorker(TrainingWorker):
@@ -23,61 +27,6 @@ class SPDTrainingWorker(TrainingWorker):
         if cpu.is_active():
             cpu.init_process_group()
         super().__init__(config)
-
-
-class SpeculativeDecodingRollout:
-    """Draft, verify, score, and draw or compare with the threshold; whole answers, on one rank.
-
-    Args:
-        engine: With the scorer and its target.
-        settings: Of the rollout.
-        drafter: Drafts in whole answers; windows have their drafts.
-    """
-
-    def __init__(self, engine: SPDScorerEngine, settings: RolloutSettings, drafter: Drafter | None) -> None:
-        self.engine, self.settings, self._drafter = engine, settings, drafter
-
-    def score(self, windows: list[WindowTokens]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """`playing.score_windows`, with features only where a training step reads them."""
-        self.engine.actor.eval()
-        scored = score_windows(self.engine.actor, windows)
-        mismatched = [
-            features[slot]
-            for window, (_, features) in zip(windows, scored, strict=True)
-            for slot, draft in enumerate(window.drafts)
-            if draft != window.target_ids[slot]
-        ]
-        self._standardise(mismatched)
-        return [(log_odds, features if self._keeps_features else features[:, :0]) for log_odds, features in scored]
-
-    def play(
-        self, prompts: list[list[int]], temperature: float, threshold: float, seed: int | None
-    ) -> list[Answer]:
-        """`playing.play_answers`; `seed` None decides by the threshold."""
-        assert self._drafter is not None
-        self.engine.actor.eval()
-        answers = play_answers(
-            self.engine.actor,
-            self.engine.target.model,
-            self._drafter,
-            prompts,
-            stop_tokens=self.engine.target.stop_tokens,
-            max_new_tokens=self.settings.max_new_tokens,
-            num_draft_tokens=self.settings.num_draft_tokens,
-            temperature=temperature,
-            threshold=threshold,
-            generator=None if seed is None else torch.Generator().manual_seed(seed),
-        )
-        self._standardise([decision.features for answer in answers for decision in answer.decisions])
-        return answers
-
-    @property
-    def _keeps_features(self) -> bool:
-        return self.engine.actor.scoring_config.lora_rank == 0
-
-    def _standardise(self, features: list[torch.Tensor]) -> None:
-        width = self.engine.actor.scoring_config.num_features
-        self.engine.standardise(torch.stack(features) if features else torch.zeros(0, width))
 
 
 class SPDActorWorker(ActorRolloutRefWorker):
@@ -89,32 +38,70 @@ class SPDActorWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         super().init_model()
-        engine = self.actor.engine
-        settings = RolloutSettings.of(self.config)
-        engine.learns_threshold = settings.threshold.mode == "learned"
-        drafter = load_drafter(settings, engine) if settings.closed_loop else None
-        self.playing = SpeculativeDecodingRollout(engine, settings, drafter)
+        self.engine: SPDScorerEngine = self.actor.engine
+        self.settings = settings = RolloutSettings.of(self.config)
+        self.engine.learns_threshold = settings.threshold.mode == "learned"
+        if settings.closed_loop:
+            assert settings.draft_model_path is not None
+            self.drafter = load_drafter(
+                settings.draft_model_path,
+                settings.target_model_path,
+                self.engine.target,
+                settings.num_draft_tokens or DEFAULT_DRAFTS,
+            )
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def scoring_config(self) -> ScoringModelConfig:
+        return self.engine.actor.scoring_config
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def score_windows(self, data: TensorDict) -> TensorDict:
-        """`scored`, a row's log odds and features, for `window`."""
-        scored = self.playing.score(_rows(data, "window"))
-        return TensorDict({"scored": NonTensorStack(*scored)}, batch_size=len(data))
+        """`scored`, what `playing.score_windows` gives, for each `window`; features only where a step reads them."""
+        self.engine.actor.eval()
+        windows = _rows(data, "window")
+        scored = score_windows(self.engine.actor, windows)
+        mismatched = [
+            features[slot] for window, (_, features) in zip(windows, scored, strict=True) for slot in window.mismatches
+        ]
+        # A fresh head says the same of every mismatch, whatever the scale of what it reads.
+        self._standardise(mismatched)
+        if self.engine.actor.scoring_config.lora_rank:
+            scored = [(log_odds, features[:, :0]) for log_odds, features in scored]
+        return TensorDict({"scored": NonTensorStack(*map(NonTensorData, scored))}, batch_size=len(data))
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def play_answers(self, data: TensorDict) -> TensorDict:
-        """`answer` for `prompt`; `seed`, or None, and `threshold` are of the whole batch."""
-        seed = tu.get(data, "seed")
+        """`answer`, what `playing.play_answers` gives, for each `prompt`; without `seed` the threshold decides."""
+        seed, temperature, threshold = (tu.get(data, key) for key in ("seed", "temperature", "threshold"))
+        self.engine.actor.eval()
+        generator = None
         if seed is not None:
-            seed += self.actor.engine.get_data_parallel_rank()
-        temperature, threshold = tu.get(data, "temperature"), tu.get(data, "threshold")
-        answers = self.playing.play(_rows(data, "prompt"), temperature, threshold, seed)
-        return TensorDict({"answer": NonTensorStack(*answers)}, batch_size=len(data))
+            generator = torch.Generator().manual_seed(seed + self.engine.get_data_parallel_rank())
+        answers = play_answers(
+            self.engine.actor,
+            self.engine.target,
+            self.drafter,
+            _rows(data, "prompt"),
+            max_new_tokens=self.settings.max_new_tokens,
+            num_draft_tokens=self.settings.num_draft_tokens,
+            temperature=temperature,
+            threshold=threshold,
+            generator=generator,
+        )
+        self._standardise([decision.features for answer in answers for decision in answer.decisions])
+        if self.engine.actor.scoring_config.lora_rank:
+            for answer in answers:
+                answer.decisions = [replace(decision, features=torch.empty(0)) for decision in answer.decisions]
+        return TensorDict({"answer": NonTensorStack(*map(NonTensorData, answers))}, batch_size=len(data))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def set_threshold(self, threshold: float) -> None:
         """The threshold that the next checkpoint's scorer has."""
-        self.actor.engine.threshold = threshold
+        self.engine.threshold = threshold
+
+    def _standardise(self, features: list[torch.Tensor]) -> None:
+        width = self.engine.actor.scoring_config.num_features
+        self.engine.standardise(torch.stack(features) if features else torch.zeros(0, width))
 
 
 def _rows(data: TensorDict, key: str) -> list[Any]:
