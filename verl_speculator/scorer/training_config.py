@@ -1,4 +1,4 @@
-"""The configuration of a scorer's training: ours on verl's `ppo_trainer`, a file, then the command line; and its checks.
+"""The configuration of a scorer's training: ours on verl's `ppo_trainer`, a file, the command line; and its checks.
 
 Everything that can be wrong is answered before verl or a model is loaded.
 """
@@ -148,7 +148,7 @@ def _leaves(key: str, value: Any) -> dict[str, Any]:
 def _full_name(key: str, known: KnownKeys) -> str:
     """Where verl, or what is added to it, reads the setting of a short or old name."""
     key = _OLD_NAMES.get(key, key)
-    section, _, rest = key.partition(".")
+    section = key.partition(".")[0]
     if key in _MODEL_KEYS:
         key = f"{_ACTOR}.model.{key}"
     elif section in _SECTIONS:
