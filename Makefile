@@ -1,4 +1,5 @@
 # make demo   sets up, trains and measures a speculator on real text, shows the result
+# make demo-scorer   learns which draft/target mismatches are harmless (lossy decoding), and measures it, in a small world
 # make test   sets up, checks the code and passes every test
 # make docs   builds the guides and the references as a site, build/docs/index.html
 # A Python 3.11 or 3.12 is looked for; name another one with PYTHON=...
@@ -36,7 +37,7 @@ ONE_AFTER_THE_OTHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync=tar
 
 UV_PIP := $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --overrides overrides.txt
 
-.PHONY: help setup demo test test-integration test-vllm test-megatron check docs format clean
+.PHONY: help setup demo demo-scorer test test-integration test-vllm test-megatron check docs format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -64,6 +65,9 @@ $(MEGATRON_VENV)/.ready: $(VENV)/.ready
 
 demo: setup
 	$(BIN)/python -m examples.demo.run
+
+demo-scorer: setup
+	$(BIN)/python -m examples.scorer.run
 
 check: setup
 	$(BIN)/ruff check .

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from verl_speculator.errors import ConfigError
+import pyarrow.parquet as pq
+
+from verl_speculator.errors import ConfigError, DataError
 
 _NUMBER = r"[-+]?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
 # Ways to end a solution, the most explicit first: GSM8K's, LaTeX's, and a sentence.
@@ -80,3 +83,21 @@ def _number(text: str) -> Fraction | None:
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().strip().rstrip(".").split())
+
+
+def check_answers(file: str, column: str) -> None:
+    """Raises DataError if `file` has no such column."""
+    names = pq.read_schema(file).names
+    if column not in names:
+        raise DataError(f"--answers: {file!r} has no column {column!r}; it has {', '.join(names)}")
+
+
+def read_answers(files: Sequence[str], column: str) -> dict[tuple[str, int], str]:
+    """The reference answer of each row, by file and row. Raises DataError where one is missing."""
+    answers = {}
+    for file in files:
+        for row, answer in enumerate(pq.read_table(file, columns=[column]).column(0).to_pylist()):
+            if answer is None or not str(answer).strip():
+                raise DataError(f"--answers: {file!r}, row {row} has nothing in {column!r}")
+            answers[file, row] = str(answer)
+    return answers

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -16,9 +15,9 @@ from verl_speculator.data.chats import check_chat_file, read_chats
 from verl_speculator.data.prompts import encode_chats, left_pad, split_by_length
 from verl_speculator.decoding import Drafter, DraftModel, speculative_generate
 from verl_speculator.decoding.acceptance import Verification
-from verl_speculator.errors import CheckpointError, ConfigError, DataError
+from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.models import Speculator
-from verl_speculator.scorer.answers import AnswerCheck
+from verl_speculator.scorer.answers import AnswerCheck, check_answers, read_answers
 from verl_speculator.scorer.config import DRAFT_SCALARS, SCALARS
 from verl_speculator.scorer.features import draft_scalars
 from verl_speculator.scorer.windows import UNKNOWN, Window
@@ -49,22 +48,16 @@ def read_questions(
     Raises:
         SpeculatorError: A file that holds no chats, or has no such column, or answers that are not there.
     """
-    answers: dict[tuple[str, int], Any] = {}
     for file in files:
         check_chat_file(file, messages_key, "--data", column_key="--messages-key")
-        names = pq.read_schema(file).names
-        if answers_key not in names:
-            raise DataError(f"--answers: {file!r} has no column {answers_key!r}; it has {', '.join(names)}")
-        column = pq.read_table(file, columns=[answers_key]).column(0).to_pylist()
-        answers |= {(file, row): answer for row, answer in enumerate(column)}
+        check_answers(file, answers_key)
+    answers = read_answers(files, answers_key)
     prompts = encode_chats(read_chats(files, messages_key, limit), target.tokenizer)
     context = getattr(target.model.config.get_text_config(), "max_position_embeddings", None)
     questions = []
     for prompt in split_by_length(prompts, context, max_new_tokens)[0]:
         answer = answers[prompt.chat.file, prompt.chat.row]
-        if answer is None or not str(answer).strip():
-            raise DataError(f"--answers: {prompt.chat.where} has nothing in {answers_key!r}")
-        questions.append(Question(prompt.prompt_ids, prompt.chat.request, str(answer)))
+        questions.append(Question(prompt.prompt_ids, prompt.chat.request, answer))
     return questions
 
 
