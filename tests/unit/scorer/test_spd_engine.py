@@ -96,7 +96,10 @@ def batch_of(sequences, rewards, old_log_probs=None):
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
     from verl.utils import tensordict_utils as tu
 
-    rows = [row_fields(Sample(PROMPT, [one], None, {}, 1, 1, 1, reward), one) for one, reward in zip(sequences, rewards)]
+    rows = [
+        row_fields(Sample(PROMPT, [one], None, {}, 1, 1, 1, reward), one)
+        for one, reward in zip(sequences, rewards, strict=True)
+    ]
     scores = torch.stack([row["rm_scores"] for row in rows])
     mask = torch.stack([row["response_mask"] for row in rows])
     advantages, _ = compute_grpo_outcome_advantage(
@@ -106,9 +109,7 @@ def batch_of(sequences, rewards, old_log_probs=None):
         row["advantages"] = advantages[place]
         row["old_log_probs"] = row["rollout_log_probs"] if old_log_probs is None else old_log_probs[place]
     names = [name for name, value in rows[0].items() if isinstance(value, torch.Tensor)]
-    nested = {
-        name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged) for name in names
-    }
+    nested = {name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged) for name in names}
     data = TensorDict(nested, batch_size=len(rows))
     tu.assign_non_tensor(
         data, temperature=1.0, use_dynamic_bsz=False, micro_batch_size_per_gpu=3, global_batch_size=len(rows)
@@ -211,9 +212,7 @@ def test_a_row_that_verl_pads_with_changes_nothing(engine, stirred):
     padded = batch_of([actions_of(engine, one) for one in ((0,), (1, 1))], [1.0, 0.0])
     for name in row:
         rows = [*padded[name].unbind(), padding[name]]
-        padded_field = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-        data_with = padded_field if name == "prompts" else padded_field
-        row[name] = data_with
+        row[name] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
     from verl.utils import tensordict_utils as tu
 
     longer = TensorDict(row, batch_size=3)

@@ -50,7 +50,9 @@ def test_the_documents_keys_go_where_they_work(settings, files, base_model):
 
 def test_a_file_of_settings_gives_way_to_the_command_line(settings, tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text("defaults: [ppo_trainer]\nlora_rank: 8\nrollout: {n: 6, score_threshold: 0.6}\nactor: {grad_clip: 0.5}\n")
+    file.write_text(
+        "defaults: [ppo_trainer]\nlora_rank: 8\nrollout: {n: 6, score_threshold: 0.6}\nactor: {grad_clip: 0.5}\n"
+    )
 
     config = load_config([*settings, "rollout.n=3"], str(file))
 
@@ -125,7 +127,7 @@ def test_a_draft_with_another_tokenizer_is_refused(settings, base_model, tmp_pat
     same = shutil.copytree(base_model, tmp_path / "same")
 
     check_run(load_config([*settings, f"rollout.draft_model_path={same}"]))
-    with pytest.raises(ConfigError, match="tokenizer of .*draft.* is not that of the target .*something else"):
+    with pytest.raises(ConfigError, match=r"tokenizer of .*draft.* is not that of the target .*something else"):
         check_run(load_config([*settings, f"rollout.draft_model_path={draft}"]))
 
 
