@@ -98,7 +98,7 @@ def load_config(overrides: Sequence[str], file: str | None = None) -> DictConfig
         OmegaConf.set_struct(config, False)
         for key, value in settings.items():
             OmegaConf.update(config, key, value)
-        if OmegaConf.is_missing(config.data, "train_files"):
+        if not config.data.train_files:
             raise ConfigError("data.train_files must name the windows that `verl-speculator scorer data` has written")
         manager = config.reward.reward_manager
         if manager.name == _REWARD_MANAGER:

@@ -112,7 +112,7 @@ def batch_of(sequences, rewards, old_log_probs=None):
     nested = {name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged) for name in names}
     data = TensorDict(nested, batch_size=len(rows))
     tu.assign_non_tensor(
-        data, temperature=1.0, use_dynamic_bsz=False, micro_batch_size_per_gpu=3, global_batch_size=len(rows)
+        data, temperature=1.0, use_dynamic_bsz=False, micro_batch_size_per_gpu=1, global_batch_size=len(rows)
     )
     return data
 
