@@ -16,7 +16,7 @@ from verl_speculator.base_model.loading import Target
 from verl_speculator.data.prompts import left_pad
 from verl_speculator.decoding import Drafter, speculative_generate
 from verl_speculator.decoding.acceptance import Verification
-from verl_speculator.models import Speculator
+from verl_speculator.decoding.drafters import GreedyDraftHead
 from verl_speculator.scorer.features import draft_scalars
 from verl_speculator.scorer.model import ScoringActor
 from verl_speculator.scorer.supervised import window_features
@@ -165,7 +165,7 @@ class RecordedDecisions:
 def play_answers(
     actor: ScoringActor,
     target: Target,
-    drafter: Drafter | Speculator,
+    drafter: GreedyDraftHead | Drafter,
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int,
@@ -202,6 +202,7 @@ def play_answers(
         eos_token_id=target.stop_tokens,
         lossy_rule=rule,
     )
+    assert result.drafted_per_round is not None
     for row, answer in enumerate(rule.answers):
         answer.tokens, answer.calls = result.tokens[row], result.target_calls[row]
         answer.rounds = len(result.accepted_per_round[row])

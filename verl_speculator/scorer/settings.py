@@ -183,7 +183,9 @@ def _plain(section: Any) -> dict[str, Any]:
         return dict(section)
     from omegaconf import OmegaConf
 
-    return {str(key): value for key, value in OmegaConf.to_container(section, resolve=True).items()}
+    values = OmegaConf.to_container(section, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
 
 
 def _require_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -110,5 +110,5 @@ class SPDRayTrainer(PPOTrainer):
             self.controllers.load(Path(given) if mode == "resume_path" else folder)
 
 
-class SPDTaskRunner(TaskRunnerV1.__ray_actor_class__):  # type: ignore[misc]
+class SPDTaskRunner(TaskRunnerV1.__ray_actor_class__):
     """verl's task runner, in a process that knows of this trainer."""

@@ -43,7 +43,7 @@ class SPDActorWorker(ActorRolloutRefWorker):
         self.engine.learns_threshold = settings.threshold.mode == "learned"
         if settings.closed_loop:
             assert settings.draft_model_path is not None
-            self.drafter = load_drafter(
+            self.drafter: Any = load_drafter(
                 settings.draft_model_path,
                 settings.target_model_path,
                 self.engine.target,

@@ -6,6 +6,7 @@ Everything that can be wrong is answered before verl or a model is loaded.
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ def load_config(overrides: Sequence[str], file: str | None = None) -> DictConfig
         if override.is_delete():
             raise ConfigError(f"{override.key_or_group} cannot be removed from the configuration: leave out {text!r}")
         given |= _leaves(override.key_or_group, override.value())
-    config = OmegaConf.create(OmegaConf.to_container(_defaults()))
+    config = copy.deepcopy(_defaults())
     known = known_keys(config)
     settings: dict[str, Any] = {}
     for key, value in given.items():
@@ -267,8 +268,7 @@ def _check_values(config: DictConfig) -> None:
 
 def _check_scorer(config: DictConfig) -> None:
     model = config.actor_rollout_ref.model
-    values = OmegaConf.to_container(model.scorer)
-    assert isinstance(values, dict)
+    values: dict[str, Any] = {**model.scorer}
     path = values.pop("path", None)
     ScoringModelConfig.from_dict(
         {"hidden_size": 1, "lora_rank": model.lora_rank, "lora_alpha": model.lora_alpha, **values}
