@@ -146,7 +146,7 @@ class SPDRollout:
         config: verl's whole configuration.
         llm_client: Of the actor.
         reward_loop_worker_handles: verl's reward workers.
-        completions: Finishes the answers of windows.
+        start_completions: Gives what finishes the answers of windows, when there is one whose answer nobody knows.
     """
 
     def __init__(
@@ -154,9 +154,11 @@ class SPDRollout:
         config: Any,
         llm_client: ScorerClient,
         reward_loop_worker_handles: list[Any],
-        completions: Completions | None,
+        start_completions: Callable[[], Completions],
     ) -> None:
-        self._client, self._reward_workers, self._completions = llm_client, reward_loop_worker_handles, completions
+        self._client, self._reward_workers = llm_client, reward_loop_worker_handles
+        self._start_completions = start_completions
+        self._completions: Completions | None = None
         self._rollout = config.actor_rollout_ref.rollout
         self._settings, self._reward = RolloutSettings.of(config.actor_rollout_ref), RewardSettings.of(config)
         function = config.reward.custom_reward_function
@@ -173,9 +175,9 @@ class SPDRollout:
         teacher_client: Any = None,
         reward_loop_worker_handles: list[Any] | None = None,
     ) -> SPDRollout:
-        settings = RolloutSettings.of(config.actor_rollout_ref)
-        completions = None if settings.closed_loop else start_completions(settings, config.actor_rollout_ref)
-        return cls(config, llm_client, reward_loop_worker_handles or [], completions)
+        return cls(
+            config, llm_client, reward_loop_worker_handles or [], lambda: start_completions(config.actor_rollout_ref)
+        )
 
     def generate_sequences(self, batch: TensorDict) -> None:
         """Roll out a batch of the dataset's rows and put the result into the TransferQueue."""
@@ -260,7 +262,8 @@ class SPDRollout:
     def _finish(self, samples: list[Sample]) -> None:
         """Put the whole answer in the place of the text that a window has led to."""
         if samples:
-            assert self._completions is not None
+            if self._completions is None:
+                self._completions = self._start_completions()
             texts = [sample.answer or [] for sample in samples]
             lengths = [int(sample.prompt["prompt_length"]) for sample in samples]
             for sample, answer in zip(samples, self._completions.answers(texts, lengths), strict=True):
@@ -448,11 +451,16 @@ def rollout_metrics(samples: Sequence[Sample], controllers: Controllers) -> dict
     return metrics
 
 
-def start_completions(settings: RolloutSettings, config: Any) -> Completions:
-    """Start the process of Ray's that finishes answers; all of the run shares it."""
+def start_completions(config: Any) -> Completions:
+    """Start the process of Ray's that finishes answers; all of the run shares it.
+
+    Args:
+        config: verl's `actor_rollout_ref`.
+    """
     from verl_speculator.base_model.settings import LoadSettings
     from verl_speculator.scorer.completion import CompletionServer
 
+    settings = RolloutSettings.of(config)
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.actor.fsdp_config.model_dtype]
     on_cpu = settings.completion.num_gpus == 0
     load = LoadSettings(

@@ -129,7 +129,7 @@ def test_a_window_whose_labels_say_all_needs_no_text(tmp_path):
     settings = config(cost=0.25)
     outcomes = []
     for log_odds in ([9, 9, 9, 9], [9, 9, 9, -9], [9, -9, 9, 9]):
-        rollout = SPDRollout(settings, Client([float(one) for one in log_odds]), [], completions)
+        rollout = SPDRollout(settings, Client([float(one) for one in log_odds]), [], lambda: completions)
         outcomes += rewarded(rollout._sample_windows(rows, 1, None), settings)
 
     assert [sample.answer for sample in outcomes] == [None] * 3
@@ -142,7 +142,7 @@ def test_a_window_whose_labels_say_all_needs_no_text(tmp_path):
 def test_other_windows_are_finished_by_the_target(tmp_path):
     rows = rows_of([make_window(**WINDOW, answer="12")], tmp_path)
     completions = Completions()
-    rollout = SPDRollout(config(), Client([9.0, 9.0, 9.0, -9.0]), [], completions)
+    rollout = SPDRollout(config(), Client([9.0, 9.0, 9.0, -9.0]), [], lambda: completions)
 
     (sample,) = rewarded(rollout._sample_windows(rows, 1, None), config())
 
@@ -154,7 +154,7 @@ def test_other_windows_are_finished_by_the_target(tmp_path):
 def test_rows_have_what_verl_and_the_engine_read(tmp_path):
     rows = rows_of([make_window(**WINDOW, correct=[-1, 0, -1, 1])], tmp_path)
     settings = config()
-    rollout = SPDRollout(settings, Client([9.0, 0.5, 9.0, 0.2]), [], Completions())
+    rollout = SPDRollout(settings, Client([9.0, 0.5, 9.0, 0.2]), [], Completions)
 
     samples = rewarded(rollout._sample_windows(rows * 4, 4, seed=3), settings)
     again = rewarded(rollout._sample_windows(rows * 4, 4, seed=3), settings)
@@ -184,7 +184,7 @@ def test_a_whole_answer_is_one_sequence_of_its_decisions(tmp_path):
     played.decisions = [decision(True, 2.0, 1), decision(False, -1.0, 2), decision(True, 0.5, 3)]
     silent = PlayedAnswer([41], calls=2, rounds=1, accepted=3, drafted=3)
     settings = config()
-    rollout = SPDRollout(settings, Client([], [played, silent]), [], None)
+    rollout = SPDRollout(settings, Client([], [played, silent]), [], Completions)
 
     first, second = rewarded(rollout._play(rows * 2, 2, seed=5), settings)
 
@@ -224,7 +224,7 @@ def test_with_lora_a_round_is_a_row_of_the_session():
 def test_a_scorer_that_rejects_everything_is_named(tmp_path):
     rows = rows_of([make_window(**WINDOW, correct=[-1, 0, -1, 1])], tmp_path)
     settings = config()
-    rollout = SPDRollout(settings, Client([9.0, -9.0, 9.0, -9.0]), [], Completions())
+    rollout = SPDRollout(settings, Client([9.0, -9.0, 9.0, -9.0]), [], Completions)
     samples = rewarded(rollout._sample_windows(rows, 1, None), settings)
 
     metrics = rollout_metrics(samples, Controllers(0.0, 0.5))
@@ -237,7 +237,7 @@ def test_a_step_function_of_the_users_is_asked(tmp_path):
     file.write_text("def judge(context, outcome, extra_info):\n    return len(context.split()) + outcome['accepted']\n")
     rows = rows_of([make_window(**WINDOW, correct=[-1, 0, -1, 1])], tmp_path)
     settings = config(step_weight=0.5, step_reward_path=str(file), step_reward_name="judge")
-    rollout = SPDRollout(settings, Client([9.0] * 4), [], Completions())
+    rollout = SPDRollout(settings, Client([9.0] * 4), [], Completions)
 
     (sample,) = rewarded(rollout._sample_windows(rows, 1, None), settings, price=0)
 
@@ -260,7 +260,7 @@ def test_a_reward_function_that_fails_is_named_with_the_row(tmp_path, body, mess
     file.write_text(f"def score(**row):\n    {body}\n")
     rows = rows_of([make_window(**WINDOW, correct=[-1, 0, -1, 1])], tmp_path)
     settings = config(function={"path": str(file), "name": "score"})
-    rollout = SPDRollout(settings, Client([9.0] * 4), [], Completions())
+    rollout = SPDRollout(settings, Client([9.0] * 4), [], Completions)
     samples = rollout._sample_windows(rows, 1, None)
 
     assert samples[0].answer is not None  # a function of the user's sees every text
