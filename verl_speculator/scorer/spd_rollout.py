@@ -183,10 +183,7 @@ class SPDRollout:
         """Roll out a batch of the dataset's rows and put the result into the TransferQueue."""
         is_validation = bool(tu.get(batch, "validate", False))
         step = int(tu.get(batch, "global_steps"))
-        rows = [
-            {name: value for name in batch.keys() if (value := _item(batch[name], place)) is not None}  # noqa: SIM118
-            for place in range(len(batch))
-        ]
+        rows = _rows(batch)
         repeats = self._rollout.val_kwargs.n if is_validation else self._rollout.n
         # A stream of its own for each step: a run that is resumed draws what it would have drawn.
         seed = None if is_validation else (self._rollout.seed * 1_000_003 + step) % 2**62
@@ -473,12 +470,17 @@ def start_completions(config: Any) -> Completions:
     return Completions(complete, ray.get(handle.stop_tokens.remote()), settings.max_new_tokens)
 
 
-def _item(values: Any, place: int) -> Any:
-    """A row of a batch's field."""
-    if isinstance(values, NonTensorData):
-        return values.data
-    value = values[place]
-    return getattr(value, "data", value) if not isinstance(value, Tensor) else value
+def _rows(batch: TensorDict) -> list[dict[str, Any]]:
+    """The rows of a batch; what is of the whole batch is in none of them."""
+    fields = {name: batch.get(name) for name in batch.keys()}  # noqa: SIM118 - not a dictionary
+    fields = {name: values for name, values in fields.items() if not isinstance(values, NonTensorData)}
+    return [
+        {
+            name: row if isinstance(row := values[place], Tensor) else getattr(row, "data", row)
+            for name, values in fields.items()
+        }
+        for place in range(len(batch))
+    ]
 
 
 def _objects(rows: dict[str, list[Any]]) -> dict[str, Any]:

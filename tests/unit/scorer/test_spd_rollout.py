@@ -286,3 +286,62 @@ def test_a_client_fills_up_what_verl_cuts_into_equal_parts():
 
     assert ScorerClient(workers, Controllers(0, 0.5)).score_windows([1, 2, 3, 4, 5]) == [2, 4, 6, 8, 10]
     assert seen == [8]
+
+
+class Queue:
+    """The part of verl's TransferQueue that a rollout fills."""
+
+    def __init__(self):
+        self.puts = []
+
+    def kv_batch_put(self, **put):
+        self.puts.append(put)
+
+
+class RewardWorker:
+    """verl's worker, in this process."""
+
+    def __init__(self, settings):
+        self.manager = SPDRewardManager(settings, Tokenizer(), load(settings))
+        self.compute_score_batch = SimpleNamespace(remote=self._score)
+
+    def _score(self, data):
+        return [asyncio.run(self.manager.run_single(data[place : place + 1])) for place in range(len(data))]
+
+
+def test_a_batch_of_the_trainers_becomes_rows_of_its_queue(tmp_path, monkeypatch):
+    import numpy as np
+    from verl.utils import tensordict_utils as tu
+    from verl.utils.dataset.rl_dataset import collate_fn
+
+    from verl_speculator.scorer import spd_rollout
+
+    queue, settings = Queue(), config()
+    monkeypatch.setattr(spd_rollout, "tq", queue)
+    monkeypatch.setattr(spd_rollout.ray, "get", lambda asked: asked)
+    windows = [
+        make_window([5, 6, 9, 30 + place], [1, 2, 3, 4][: 4 - place], [1, 8, 3, 7, 11][: 5 - place], prompt_index=place)
+        for place in range(3)
+    ]
+    rows = rows_of(windows, tmp_path)
+    collated = collate_fn([{name: value for name, value in row.items() if name != "uid"} for row in rows])
+    collated["uid"] = np.array([row["uid"] for row in rows], dtype=object)
+    batch = tu.get_tensordict(collated)
+    tu.assign_non_tensor_data(batch, "global_steps", 5)
+    workers = [RewardWorker(settings), RewardWorker(settings)]
+    rollout = SPDRollout(settings, Client([9.0, 0.1, 9.0, 0.2]), workers, Completions)
+
+    rollout.generate_sequences(batch)
+
+    samples, prompts = queue.puts
+    assert samples["partition_id"] == prompts["partition_id"] == "train"
+    assert samples["keys"] == [f"u{place}_{sample}_0" for place in range(3) for sample in range(4)]
+    assert prompts["keys"] == ["u0", "u1", "u2"]
+    assert {tag["status"] for tag in prompts["tags"]} == {"finished"}
+    assert [tag["place"] for tag in samples["tags"]] == list(range(12))
+    assert samples["tags"][0]["global_steps"] == 5
+    fields = samples["fields"]
+    assert fields["prompts"].size(0) == 12
+    assert [len(row) for row in fields["responses"].unbind()] == [4] * 4 + [3] * 4 + [2] * 4
+    assert set(rollout.take_metrics("train")) >= {"scorer/accuracy", "scorer/threshold", "scorer/case_rate/right_right"}
+    assert rollout.take_metrics("val") == {}
