@@ -216,11 +216,11 @@ def train_model(speaker: Speaker, settings: ModelSettings, folder: Path, seed: i
         optimizer.step()
         schedule.step()
         if callable(report) and step % 20 == 0:
-            report(f"{speaker}: step {step}, loss {float(loss):.3f}")
+            report(f"{speaker}: step {step}, loss {loss.item():.3f}")
     model.generation_config.eos_token_id = config.eos_token_id
     model.eval().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    return float(loss)
+    return loss.item()
 
 
 def _padded(rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,6 +29,7 @@ class DraftModel:
         self.keep_logits = False
         self._target: Target | None = None
         self._cached: Tensor | None = None  # [B] tokens; None before the first round
+        self._width = 0  # slots of the cache between rounds
         self._gained: Tensor  # [B] tokens of the round that has ended
 
     @property

@@ -48,8 +48,8 @@ class AnswerCheck:
     def extract(self, text: str) -> str | None:
         """The answer that `text` gives; None if none can be found in it."""
         if self._compiled is not None:
-            found = list(self._compiled.finditer(text))
-            return found[-1].group(1).strip() if found else None
+            groups = [match.group(1) for match in self._compiled.finditer(text)]
+            return groups[-1].strip() if groups else None
         for marked in _MARKED:
             if found := marked.findall(text):
                 return found[-1].strip()

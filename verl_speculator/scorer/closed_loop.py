@@ -16,11 +16,10 @@ from torch import Tensor
 
 from verl_speculator.base_model.loading import Target
 from verl_speculator.data.prompts import left_pad
-from verl_speculator.decoding import AcceptanceRule, DecodingResult, Drafter, speculative_generate
+from verl_speculator.decoding import AcceptanceRule, DecodingResult, speculative_generate
 from verl_speculator.errors import ConfigError
-from verl_speculator.models import Speculator
 from verl_speculator.scorer.answers import AnswerCheck
-from verl_speculator.scorer.data import Question, Report, decode_texts
+from verl_speculator.scorer.data import AnyDrafter, Question, Report, decode_texts
 from verl_speculator.scorer.model import ScoringActor
 from verl_speculator.scorer.rule import ScorerRule
 
@@ -33,7 +32,7 @@ class SpeculativeDecodingRollout:
     def __init__(
         self,
         target: Target,
-        drafter: Drafter | Speculator,
+        drafter: AnyDrafter,
         rule: AcceptanceRule | ScoringActor | None,
         *,
         num_drafts: int,
@@ -44,7 +43,8 @@ class SpeculativeDecodingRollout:
         self._target = target
         self._drafter = drafter
         self._rule = ScorerRule(rule, threshold) if isinstance(rule, ScoringActor) else rule
-        self._options = {"num_draft_tokens": num_drafts, "max_new_tokens": max_new_tokens}
+        self._num_drafts = num_drafts
+        self._max_new_tokens = max_new_tokens
 
     def generate_sequences(self, prompts: Sequence[Sequence[int]]) -> DecodingResult:
         """Greedy answers to prompts; `result.lossy_tokens` says which tokens the target did not choose."""
@@ -56,7 +56,8 @@ class SpeculativeDecodingRollout:
             mask,
             eos_token_id=self._target.stop_tokens,
             lossy_rule=self._rule,
-            **self._options,
+            num_draft_tokens=self._num_drafts,
+            max_new_tokens=self._max_new_tokens,
         )
 
 
@@ -90,7 +91,7 @@ class Answered:
 
 def answer_questions(
     target: Target,
-    drafter: Drafter | Speculator,
+    drafter: AnyDrafter,
     questions: Sequence[Question],
     make_rule: Callable[[list[int]], AcceptanceRule | ScoringActor | None],
     *,

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from verl_speculator.base_model.loading import Target
-from verl_speculator.decoding import AcceptanceRule, Drafter
+from verl_speculator.decoding import AcceptanceRule
 from verl_speculator.decoding.acceptance import Verification
 from verl_speculator.errors import naming
-from verl_speculator.models import Speculator
 from verl_speculator.scorer.answers import AnswerCheck
 from verl_speculator.scorer.closed_loop import (
     Answered,
@@ -28,7 +27,7 @@ from verl_speculator.scorer.closed_loop import (
     compare,
     score_quantiles,
 )
-from verl_speculator.scorer.data import Question, Report
+from verl_speculator.scorer.data import AnyDrafter, Question, Report
 from verl_speculator.scorer.labels import Oracle
 from verl_speculator.scorer.rule import ScorerRule, check_rule, load_rule, scorer_folders
 
@@ -120,7 +119,7 @@ class ComparisonSettings:
 
 def compare_rules(
     target: Target,
-    drafter: Drafter | Speculator,
+    drafter: AnyDrafter,
     validation: Sequence[Question],
     test: Sequence[Question],
     specs: Sequence[RuleSpec],
@@ -164,7 +163,7 @@ def compare_rules(
                     outcome.results[spec.label] = compare(spec.label, None, strict, strict)
                     continue
             rule = spec.make(target, setting)
-            answered[spec.label] = decode(test, lambda batch, rule=rule: rule, spec.label)
+            answered[spec.label] = decode(test, _always(rule), spec.label)
             outcome.results[spec.label] = compare(spec.label, setting, answered[spec.label], strict)
     if settings.num_oracle:
         some = min(settings.num_oracle, len(test))
@@ -177,6 +176,10 @@ def compare_rules(
         outcome.results["oracle"] = compare("oracle", None, decode(few, oracle, "oracle"), base)
     outcome.examples = _examples(target, test, answered, settings.num_examples)
     return outcome
+
+
+def _always(rule: AcceptanceRule | None) -> Callable[[list[int]], AcceptanceRule | None]:
+    return lambda batch: rule
 
 
 def _choose(

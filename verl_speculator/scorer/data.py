@@ -15,6 +15,7 @@ from verl_speculator.data.chats import check_chat_file, read_chats
 from verl_speculator.data.prompts import encode_chats, left_pad, split_by_length
 from verl_speculator.decoding import Drafter, DraftModel, speculative_generate
 from verl_speculator.decoding.acceptance import Verification
+from verl_speculator.decoding.drafters import GreedyDraftHead
 from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.models import Speculator
 from verl_speculator.scorer.answers import AnswerCheck, check_answers, read_answers
@@ -22,6 +23,7 @@ from verl_speculator.scorer.config import DRAFT_SCALARS, SCALARS
 from verl_speculator.scorer.features import draft_scalars
 from verl_speculator.scorer.windows import UNKNOWN, Window
 
+AnyDrafter = Drafter | GreedyDraftHead  # a speculator is the latter
 Report = Callable[[str, int, int], None]  # what is being done, done so far, in all
 
 
@@ -61,7 +63,7 @@ def read_questions(
     return questions
 
 
-def load_drafter(folder: str, base: str, target: Target, num_drafts: int) -> Drafter | Speculator:
+def load_drafter(folder: str, base: str, target: Target, num_drafts: int) -> AnyDrafter:
     """A speculator, or a language model with the target's tokens; the target's own weights where it is the same folder.
 
     Raises:
@@ -72,7 +74,7 @@ def load_drafter(folder: str, base: str, target: Target, num_drafts: int) -> Dra
     from verl_speculator.models.serialization import find_folder
 
     try:
-        speculator = Speculator.from_pretrained(find_folder(folder), dtype=target.dtype, device=target.device)
+        speculator: Any = Speculator.from_pretrained(find_folder(folder), dtype=target.dtype, device=target.device)
         return speculator.eval()
     except CheckpointError:
         pass  # no speculator of ours: a language model is looked for
@@ -161,7 +163,7 @@ class WindowCounts:
 
 def collect_windows(
     target: Target,
-    drafter: Drafter | Speculator,
+    drafter: AnyDrafter,
     questions: Sequence[Question],
     *,
     num_drafts: int,

@@ -80,10 +80,10 @@ class ScoringActor(nn.Module):
     target that it was made from, and adds LoRA to them.
     """
 
-    def __init__(self, config: ScoringModelConfig, backbone: nn.Module, head: ScoreHead) -> None:
+    def __init__(self, config: ScoringModelConfig, backbone: Any, head: ScoreHead) -> None:
         super().__init__()
         self.scoring_config = config
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.head = head
         # What verl and transformers ask of a module that they wrap.
         self.config: Any = backbone.config

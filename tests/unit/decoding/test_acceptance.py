@@ -197,7 +197,7 @@ def test_sampled_decoding_with_accept_all_keeps_every_draft(target, draft):
 
 
 def test_random_acceptance_has_its_rate_and_its_seed():
-    verification = made_up(batch=400, drafts=5)
+    verification = made_up(batch=4000, drafts=5)
 
     first, again = Random(0.3, seed=4).accepts(verification), Random(0.3, seed=4).accepts(verification)
 

@@ -76,7 +76,7 @@ def test_scalars_by_hand(target, draft_model, questions):
                 "target_logprob": p.max().log(),
                 "margin": logits[slot].max() - logits[slot][token],
                 "entropy": -(p * p.log()).sum(),
-                "rank": torch.tensor(1.0 + sum(value > p[token] for value in p)).log(),
+                "rank": (1.0 + (p > p[token]).sum()).log(),
                 "position": torch.tensor(
                     1.0 + len(context) + slot - len(questions[verification.rows[row]].tokens)
                 ).log(),
