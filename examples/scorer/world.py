@@ -223,7 +223,7 @@ def train_model(speaker: Speaker, settings: ModelSettings, folder: Path, seed: i
         schedule.step()
         if callable(report) and step % 20 == 0:
             report(f"{speaker}: step {step}, loss {loss.item():.3f}")
-        if settings.stop_at is not None and step % 10 == 9 and _share_solved(model, *held_out) >= settings.stop_at:
+        if settings.stop_at is not None and step % 20 == 19 and _share_solved(model, *held_out) >= settings.stop_at:
             break
     model.generation_config.eos_token_id = config.eos_token_id
     model.eval().save_pretrained(folder)
@@ -231,7 +231,7 @@ def train_model(speaker: Speaker, settings: ModelSettings, folder: Path, seed: i
     return loss.item()
 
 
-def _held_out(tongue: Tongue, seed: int, count: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
+def _held_out(tongue: Tongue, seed: int, count: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
     """Complete solutions, step by step, of sums that are not trained."""
     ids = {word: index for index, word in enumerate(VOCABULARY)}
     generator, rows, prompts = random.Random(seed), [], []
