@@ -93,6 +93,11 @@ def test_requests_that_end_early_or_change_their_logits(name: str, report) -> No
             assert value == pytest.approx(other_value, abs=1e-4)
 
 
+def test_a_request_near_the_longest_text_stops_nobody_elses_drafts(report) -> None:
+    drafts = report["lstm"]["near_the_end"]
+    assert drafts["both"] == drafts["end"] + drafts["other"]
+
+
 def test_structured_output_is_obeyed(report) -> None:
     choice, pattern = report["lstm"]["mixed"][-3], report["lstm"]["mixed"][-2]
     assert choice["text"] in ("w1 w2 w3 w4", "w1 w2 w30", "no w12")
@@ -205,6 +210,24 @@ def test_no_option_of_vllm_brings_another_speculator(monkeypatch, capsys) -> Non
     assert not {name for name in refused if name.startswith("--specialize")}
 
 
+def test_mixed_requests_with_little_memory(world) -> None:
+    """Aborts, early stops, structured output, chunked prefill, prefix caching and preemption, all at once."""
+    run_script("serving_mixed.py", world, world / "mixed.json")
+    report = json.loads((world / "mixed.json").read_text())
+    plain, drafted = report["none"], report["lstm"]
+    assert plain["preemptions"] > 10
+    assert drafted["preemptions"] > 10
+    assert drafted["counters"]["num_accepted_tokens"] > 500
+    assert plain["tokens"].keys() == drafted["tokens"].keys()
+    for name, tokens in plain["tokens"].items():
+        mine = drafted["tokens"][name]
+        if name in report["limits"]:  # a step with drafts may bring it further before it is aborted
+            least = min(len(tokens), len(mine))
+            assert mine[:least] == tokens[:least], name
+        else:
+            assert mine == tokens, name
+
+
 @pytest.fixture(scope="module")
 def server(world, tmp_path_factory):
     """`verl-speculator serve` as a user starts it, on two tensor-parallel ranks; yields its address and its log."""
@@ -220,8 +243,8 @@ def server(world, tmp_path_factory):
             [*serve, *arguments, *options, "--served-model-name", "tiny"],
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Two ranks on a machine with a single NUMA node.
-            env=environment(VLLM_CPU_OMP_THREADS_BIND="nobind"),
+            # Two ranks on a machine with a single NUMA node, and a vocabulary matrix in shards although it is small.
+            env=environment(VLLM_CPU_OMP_THREADS_BIND="nobind", VERL_SPECULATOR_SHARD_FROM_MIB="0"),
             start_new_session=True,
         )
     address = f"http://127.0.0.1:{port}"
@@ -275,7 +298,9 @@ def test_server_with_the_openai_client(server, world, reference) -> None:
     [command] = [line for line in text.splitlines() if line.startswith("curl ") and "/v1/chat/completions" in line]
     called = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
     assert json.loads(called.stdout)["usage"]["completion_tokens"] > 1
-    assert text.count("Drafting with the ArcticLSTMSpeculator") == 2, "each rank has a whole copy"
+    drafting = [line for line in text.splitlines() if "Drafting with the ArcticLSTMSpeculator" in line]
+    assert len(drafting) == 2, "each rank drafts"
+    assert all("vocabulary matrix in 2 shards" in line for line in drafting)
 
 
 def server_counters(address: str) -> dict[str, float]:

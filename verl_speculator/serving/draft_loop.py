@@ -1,0 +1,81 @@
+"""Drafting from buffers that stay where they are, so that CUDA graphs can do it: one launch for all heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from verl_speculator.serving.served_chain import Choose, ServedChain
+
+
+class DraftLoop:
+    """The drafts of a whole batch, from the first rows of `hidden` [R, H] and `token` [R] into `drafts` [R, k].
+
+    With graphs captured, a batch runs in the smallest that it fits into; more than `LARGEST` requests, other numbers of
+    tokens, and whatever could not be captured run without.
+    """
+
+    LARGEST = 256
+
+    def __init__(
+        self,
+        chain: ServedChain,
+        max_batch: int,
+        num_tokens: int,
+        choose: Callable[[int], Choose] | None = None,
+    ) -> None:
+        """`choose(batch)` gives what picks the tokens of so many rows; None drafts the likeliest."""
+        weight = chain.speculator.head_weight(0)
+        self.chain, self.choose = chain, choose
+        self.hidden = torch.zeros(
+            max_batch, chain.speculator.config.input_hidden_dim, dtype=weight.dtype, device=weight.device
+        )
+        self.token = torch.zeros(max_batch, dtype=torch.long, device=weight.device)
+        self.drafts = torch.zeros(max_batch, num_tokens, dtype=torch.long, device=weight.device)
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    @property
+    def sizes(self) -> list[int]:
+        """The batch sizes to capture: 1, 2, 4, ... until all batches, or the `LARGEST`, fit."""
+        largest = min(len(self.token), self.LARGEST)
+        return [*(1 << power for power in range((largest - 1).bit_length())), largest]
+
+    def run(self, batch: int, num_tokens: int) -> Tensor:
+        """Drafts [batch, num_tokens] of the first rows: a view of `drafts`, which the next call writes to."""
+        size = next((size for size in self.sizes if size >= batch), batch)
+        graph = self.graphs.get((size, num_tokens))
+        if graph is None:
+            self._draft(batch, num_tokens)
+        else:
+            graph.replay()
+        return self.drafts[:batch, :num_tokens]
+
+    @torch.inference_mode()
+    def capture(self, numbers_of_tokens: Collection[int], around: AbstractContextManager[object] | None = None) -> None:
+        """Capture graphs for these numbers of tokens, within a context in which collectives may be captured too.
+
+        Raises:
+            Exception: Whatever CUDA or a library says. No graph is kept then.
+        """
+        self.graphs.clear()
+        captured, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with around or nullcontext():
+            for size in reversed(self.sizes):
+                for num_tokens in sorted(numbers_of_tokens, reverse=True):
+                    with torch.cuda.stream(stream):
+                        self._draft(size, num_tokens)  # libraries choose their kernels outside the graph
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool, stream=stream):
+                        self._draft(size, num_tokens)
+                    captured[size, num_tokens] = graph
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graphs = captured
+
+    def _draft(self, batch: int, num_tokens: int) -> None:
+        choose = None if self.choose is None else self.choose(batch)
+        drafted = self.chain.draft(self.hidden[:batch], self.token[:batch], num_tokens, choose)
+        self.drafts[:batch, :num_tokens] = drafted
