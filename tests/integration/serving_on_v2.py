@@ -36,6 +36,7 @@ NEW_TOKENS = 14
 PROMPTS = 3
 HEADS = serving_world.N_PREDICT
 PAGE = Path(__file__).parents[2] / "docs" / "adding_an_algorithm.md"
+TEMPERATURE, DRAWS = 1.5, 400
 KINDS = ("mlp", "rnn_drafts", "lstm", "medusa")
 
 
@@ -134,6 +135,8 @@ def serve(folder: Path) -> dict[str, Any]:
     engines["eagle3"] = {"model": str(folder / "eagle3"), "method": "eagle3", "num_speculative_tokens": 2}
     report: dict[str, Any] = {}
     for name, speculative in engines.items():
+        print("verl", name, __import__("time").strftime("%X"), flush=True)
+        (folder / "report.json").write_text(json.dumps(report))
         engine = Engine(folder, speculative)
         report[name] = {"tokens": engine.generate(prompts), "counters": engine.counters()} | describe(engine)
         if name == "mlp":
@@ -164,29 +167,34 @@ def reload(engine: Engine, folder: Path, prompts: list[list[int]]) -> dict[str, 
 
 
 def probabilistic(engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
-    greedy = engine.generate(prompts)
+    """Greedy text, what vLLM is left to verify drafts with, and drafts drawn at a temperature.
+
+    vLLM's kernel that draws in a rejected draft's place does not run in the interpreter, so no text is sampled.
+    """
+    greedy = engine.generate(prompts[:1])
     drafter = engine.runner.speculator
-    drawn = engine.generate(prompts[:1], temperature=1.0, seed=3)
-    # What vLLM verifies with is what the drafts were drawn from: the speculator's own logits after the tokens before.
-    loop, logits = drafter.loop, drafter.draft_logits
-    slot = int(drafter.idx_mapping[0])
+    loop, slot = drafter.loop, int(drafter.idx_mapping[0])
     kept: list[torch.Tensor] = []
 
     def keep(row: torch.Tensor, head_index: int) -> torch.Tensor:
         kept.append(row[0])
         return loop.drafts[:1, head_index]
 
-    loop.chain.draft(loop.hidden[:1], loop.token[:1], HEADS, keep)
-    return {
-        "tokens": greedy,
-        "drawn": drawn,
-        "largest_difference": float((torch.stack(kept) - logits[slot]).abs().max()),
-        "counters": engine.counters(),
-    }
+    with torch.inference_mode():
+        loop.chain.draft(loop.hidden[:1], loop.token[:1], HEADS, keep)
+        difference = float((torch.stack(kept) - drafter.draft_logits[slot]).abs().max())
+        drafter.temperature[slot] = TEMPERATURE
+        drawn = []
+        for position in range(DRAWS):
+            drafter.positions[0] = position
+            drawn.append(loop.run(1, 1).item())
+    expected = (kept[0] / TEMPERATURE).softmax(-1).tolist()
+    return {"tokens": greedy, "largest_difference": difference, "drawn": drawn, "probabilities": expected}
 
 
 def main(folder: Path) -> None:
     import triton.backends
+    import triton.runtime.interpreter
 
     class Driver:
         @staticmethod
@@ -195,6 +203,15 @@ def main(folder: Path) -> None:
 
     # vLLM takes V2 where Triton has a device, and its interpreter has none of its own.
     triton.backends.backends["cpu"] = type("Backend", (), {"driver": Driver, "compiler": None})
+    # The interpreter makes numbers of a vector of truths and a single one, and then stores with truths only.
+    builder = triton.runtime.interpreter.InterpreterBuilder
+    store = builder.create_masked_store
+
+    def store_where_true(self: Any, ptrs: Any, value: Any, mask: Any, *args: Any) -> Any:
+        mask.data = mask.data.astype(bool)
+        return store(self, ptrs, value, mask, *args)
+
+    builder.create_masked_store = store_where_true
     write_world(folder)
     os.environ["VERL_SPECULATOR_IMPORT"] = str(folder / "medusa.py")
     (folder / "report.json").write_text(json.dumps(serve(folder)))

@@ -66,7 +66,8 @@ def _reaches_lm_head(target_model: nn.Module, probe: Tensor) -> Tensor | None:
     handles = [module.register_forward_pre_hook(stop, with_kwargs=True) for module in processors]
     try:
         with torch.inference_mode():
-            target_model.compute_logits(probe.clone())
+            base: Any = target_model
+            base.compute_logits(probe.clone())
     except _ReachedError as reached:
         return reached.states
     finally:

@@ -76,8 +76,8 @@ class ServedChain(nn.Module):
         self._to_state = (to_state,)
         self.shard = shard
         if shard is not None:
-            for head in speculator.head:
-                head.weight = nn.Parameter(head.weight[shard.here].clone(), requires_grad=False)
+            for i, head in enumerate(speculator.head):
+                head.weight = nn.Parameter(speculator.head_weight(i)[shard.here].clone(), requires_grad=False)
         self.requires_grad_(False)
         self.eval()
 

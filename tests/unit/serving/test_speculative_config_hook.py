@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from tests.support.tiny import VOCAB_SIZE
-from verl_speculator.errors import ConfigError
 from verl_speculator.models import MLPSpeculator, MLPSpeculatorConfig
 from verl_speculator.serving import speculative_config_hook as hook
 
@@ -62,7 +61,7 @@ def test_on_v1_it_is_a_class_of_ours_with_room_to_draft_at_the_end(on_v1, base_m
     assert (config.method, config.model) == ("custom_class", hook.PROPOSER)
     assert config.target_model_config.max_model_len == 128
     assert config.draft_model_config.max_model_len >= 128 + 2
-    with pytest.raises(ConfigError, match="draft_sample_method has no effect on the speculator"):
+    with pytest.raises(ValueError, match="draft_sample_method has no effect on the speculator"):
         make_config(base_model, speculator, draft_sample_method="probabilistic")
 
 
