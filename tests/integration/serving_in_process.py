@@ -17,6 +17,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.integration import serving_errors
@@ -134,6 +135,19 @@ def drafts_near_the_longest_text(engine: Engine, prompts: list[list[int]]) -> di
     return drafts
 
 
+def lora_answers(world: Path, source: Path | None, greedy: list[tuple[list[int], dict[str, Any]]]) -> dict[str, Any]:
+    """Requests that use a LoRA adapter and some that do not, in one batch."""
+    engine = Engine(world, source, enable_lora=True, max_lora_rank=8)
+    adapter = LoRARequest("adapter", 1, str(world / "adapter"))
+    prompts = [{"prompt_token_ids": ids} for ids, _ in greedy]
+    params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)] * len(prompts)
+    adapters = [adapter if number % 2 else None for number in range(len(prompts))]
+    outputs = engine.llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+    answers = {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "counters": engine.counters()}
+    engine.close()
+    return answers
+
+
 def is_runner_hooked() -> bool:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -165,6 +179,7 @@ def main(world: Path) -> dict[str, Any]:
             }
         report[name] = result
         engine.close()
+    report["lora"] = {name: lora_answers(world, sources.get(name), greedy) for name in ("none", "lstm")}
     return report | {"errors": serving_errors.main(world)}
 
 

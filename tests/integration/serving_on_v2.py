@@ -135,8 +135,6 @@ def serve(folder: Path) -> dict[str, Any]:
     engines["eagle3"] = {"model": str(folder / "eagle3"), "method": "eagle3", "num_speculative_tokens": 2}
     report: dict[str, Any] = {}
     for name, speculative in engines.items():
-        print("verl", name, __import__("time").strftime("%X"), flush=True)
-        (folder / "report.json").write_text(json.dumps(report))
         engine = Engine(folder, speculative)
         report[name] = {"tokens": engine.generate(prompts), "counters": engine.counters()} | describe(engine)
         if name == "mlp":

@@ -98,6 +98,15 @@ def test_a_request_near_the_longest_text_stops_nobody_elses_drafts(report) -> No
     assert drafts["both"] == drafts["end"] + drafts["other"]
 
 
+def test_requests_with_a_lora_adapter(report) -> None:
+    plain, drafted = report["lora"]["none"], report["lora"]["lstm"]
+    assert drafted["tokens"] == plain["tokens"]
+    assert drafted["counters"]["num_accepted_tokens"] > 0
+    without = [answer["tokens"][:40] for answer in report["none"]["greedy"]]
+    for number, tokens in enumerate(plain["tokens"]):
+        assert (tokens == without[number]) == (number % 2 == 0), "the adapter changes what the base says"
+
+
 def test_structured_output_is_obeyed(report) -> None:
     choice, pattern = report["lstm"]["mixed"][-3], report["lstm"]["mixed"][-2]
     assert choice["text"] in ("w1 w2 w3 w4", "w1 w2 w30", "no w12")

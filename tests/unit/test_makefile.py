@@ -69,7 +69,7 @@ def test_serving_is_tested_where_vllm_is(checkout) -> None:
     result = make(checkout, "test", "PYTHON=true")
     assert result.returncode == 0, result.stderr
     assert "ran .venv-vllm/bin/python -m pytest" in result.stdout
-    assert "ran .venv-vllm-v2/bin/python -m pytest tests/unit/serving" in result.stdout
+    assert "ran .venv-vllm-v2/bin/python -m pytest tests/integration/test_serving_on_v2.py" in result.stdout
     assert "LEFT OUT" not in result.stdout
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -52,6 +52,9 @@ def test_on_v2_vllm_sees_a_method_without_a_model(on_v2, base_model, speculator)
     assert (config.method, config.num_speculative_tokens) == ("ngram_gpu", 3)
     assert config.prompt_lookup_min is config.prompt_lookup_max is None, "vLLM's own n-gram drafter would fail"
     assert not config.uses_draft_kv_cache()
+    from vllm.config.speculative import NgramGPUTypes
+
+    assert config.method in get_args(NgramGPUTypes), "with these vLLM schedules asynchronously"
     # As it reaches a worker.
     assert getattr(pickle.loads(pickle.dumps(config)), hook.ATTRIBUTE).folder() == speculator
 
