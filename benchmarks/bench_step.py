@@ -14,6 +14,7 @@ the base a randomly initialised Qwen2-style model. Reading and collating data ar
 - `stacked`: an adapter whose loss is the stacked formula (`stacked.py`); all else is the same, its own engine included.
 - `dense_mask`: as `ours`, but packed sequences attend through transformers' mask of all tokens by all tokens.
 - `each`: as `ours`, but the speculator is gathered and its gradient reduced in every micro-batch and not once a step.
+- `compiled`: as `ours`, with `model.compile`; the untimed steps compile.
 - `cached`: as `ours`, with the base's hidden states from a folder (`data.hidden_states_cache`), into which an untimed
   step wrote them. How long that took beside the step, and how many epochs outweigh it, is given too.
 
@@ -85,6 +86,7 @@ VARIANTS = {
     "stacked": [],
     "dense_mask": ["model.attend_by_sequence=false"],
     "each": ["model.gather_speculator_once=false"],
+    "compiled": ["model.compile=true"],
     "cached": [],
 }
 

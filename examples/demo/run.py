@@ -25,7 +25,6 @@ from examples.demo.stages import (
     Progress,
     Stages,
     bar_progress,
-    num_processes,
     run_command,
     training_progress,
 )
@@ -112,9 +111,9 @@ class Demo:
 def training_command(base: Path, data: Path, checkpoints: Path, cache: Path, settings: DemoSettings) -> list[str]:
     """The call of this package's trainer, as a user would type it after `verl-speculator`."""
     spec = settings.speculator
-    processes = num_processes()
     return [
-        *("train", "--nproc", str(processes)),
+        # On two cores too: two processes would hand the base's weights to each other at every step.
+        *("train", "--nproc", "1"),
         f"model.path={hydra_path(base)}",
         "model.speculator_type=lstm",
         "model.speculator.method=sum_lstm",
@@ -130,10 +129,9 @@ def training_command(base: Path, data: Path, checkpoints: Path, cache: Path, set
         "optim.lr_scheduler_type=cosine",
         "optim.lr_warmup_steps_ratio=0.04",
         f"data.train_files={hydra_path(data / 'train.parquet')}",
-        f"data.val_files={hydra_path(data / 'val.parquet')}",
         f"data.hidden_states_cache={hydra_path(cache)}",
         f"data.train_batch_size={spec.batch_size}",
-        f"data.micro_batch_size_per_gpu={spec.batch_size // processes}",
+        f"data.micro_batch_size_per_gpu={spec.batch_size}",
         f"data.max_length={spec.max_length}",
         "data.truncation=right",
         "data.use_dynamic_bsz=false",

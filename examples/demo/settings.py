@@ -22,7 +22,7 @@ class SpeculatorSettings:
     n_predict: int = 3
     width: int = 256
     draft_vocab_size: int = 8000
-    num_epochs: int = 8
+    num_epochs: int = 6
     batch_size: int = 16
     max_length: int = 512
     learning_rate: float = 5e-3
@@ -34,9 +34,9 @@ class SpeculatorSettings:
 class DecodingSettings:
     """Acceptance is measured on many prompts at once, speed on a few, one at a time."""
 
-    num_prompts: int = 48
+    num_prompts: int = 40
     batch_size: int = 16
-    num_speed_prompts: int = 6
+    num_speed_prompts: int = 4
     max_new_tokens: int = 64
 
 

@@ -13,8 +13,6 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECONDS_BETWEEN_LINES = 15.0  # of progress where the output is no terminal
 
@@ -73,11 +71,6 @@ class Stages:
         self.seconds[name] = progress.finish(result)
         self.folder.mkdir(parents=True, exist_ok=True)
         marker.write_text(json.dumps({"key": self._key, "result": result, "seconds": self.seconds[name]}))
-
-
-def num_processes() -> int:
-    """One on an accelerator; on CPU one per core up to two, which small matmuls gain more from than from threads."""
-    return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
 
 
 def run_command(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,11 @@ def convert_gguf(file: Path, folder: Path, dtype: str = "float32") -> int:
         raise MissingFileError(f"there is no file {str(file)!r}; a .gguf file is needed")
     if folder.exists():
         raise ConfigError(f"{str(folder)!r} exists already: name a new folder")
+    with _read_once():
+        return _convert(file, folder, dtype)
+
+
+def _convert(file: Path, folder: Path, dtype: str) -> int:
     special = _special_tokens(file)
     ends = [special[name] for name in _ENDS if name in special]
     if not ends:
@@ -67,14 +76,25 @@ def convert_gguf(file: Path, folder: Path, dtype: str = "float32") -> int:
     return int(model.num_parameters())
 
 
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Let every reader of a file be the same: transformers asks for four, and each reads the vocabulary for seconds."""
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ImportError as error:
+        raise MissingFileError("reading a GGUF file takes the package gguf: pip install gguf") from error
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
+
+
 def _special_tokens(file: Path) -> dict[str, int]:
     """The ids of the special tokens in the file's header, by name."""
     try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise MissingFileError("reading a GGUF file takes the package gguf: pip install gguf") from error
-    try:
-        fields: dict[str, Any] = GGUFReader(file).fields
+        fields: dict[str, Any] = importlib.import_module("gguf").GGUFReader(str(file)).fields
     except (ValueError, IndexError, OSError) as error:
         raise ConfigError(f"{str(file)!r} is no whole GGUF file ({_first_line(error)})") from error
     found = {name: fields.get(_SPECIAL.format(name)) for name in (*_ENDS, "bos", "padding")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from verl_speculator.decoding.few_rows import fast_few_rows
 from verl_speculator.errors import ConfigError
 
 
@@ -35,31 +37,33 @@ class Target:
         self._hidden: list[Tensor] = []
         self._aux_layer_ids = tuple(aux_layer_ids)
         self._aux: dict[int, Tensor] = {}
-        self._hooks: list[Any] = []
+        self._stack = ExitStack()
         self.num_forwards = 0
 
     def __enter__(self) -> Target:
-        head = self._model.get_output_embeddings()
-        self._hooks = [head.register_forward_pre_hook(lambda module, args: self._hidden.append(args[0]))]
-        layers: Sequence[nn.Module] = _decoder_layers(self._model) if self._aux_layer_ids else []
-        for layer_id in self._aux_layer_ids:
-            if not 0 <= layer_id <= len(layers):
-                self.__exit__(None, None, None)
-                raise ConfigError(
-                    f"the speculator reads the states after layer {layer_id}, and the base model has {len(layers)} "
-                    "layers: give the base model that it was trained on"
-                )
-            # What goes into a layer; after the last one what comes out.
-            if layer_id < len(layers):
-                hook = layers[layer_id].register_forward_pre_hook(_note_input(self._aux, layer_id), with_kwargs=True)
-            else:
-                hook = layers[-1].register_forward_hook(_note_output(self._aux, layer_id))
-            self._hooks.append(hook)
+        with ExitStack() as stack:
+            stack.enter_context(fast_few_rows(self._model))
+            head = self._model.get_output_embeddings()
+            stack.callback(head.register_forward_pre_hook(lambda module, args: self._hidden.append(args[0])).remove)
+            layers: Sequence[nn.Module] = _decoder_layers(self._model) if self._aux_layer_ids else []
+            for layer_id in self._aux_layer_ids:
+                if not 0 <= layer_id <= len(layers):
+                    raise ConfigError(
+                        f"the speculator reads the states after layer {layer_id}, and the base model has {len(layers)} "
+                        "layers: give the base model that it was trained on"
+                    )
+                # What goes into a layer; after the last one what comes out.
+                if layer_id < len(layers):
+                    note = _note_input(self._aux, layer_id)
+                    hook = layers[layer_id].register_forward_pre_hook(note, with_kwargs=True)
+                else:
+                    hook = layers[-1].register_forward_hook(_note_output(self._aux, layer_id))
+                stack.callback(hook.remove)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._stack.close()
 
     def take_aux(self) -> Tensor:
         """The states of the layers asked for, of every position of the last forward pass: [B, Q, A * H]."""

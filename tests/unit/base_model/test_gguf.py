@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from gguf import GGUFWriter
@@ -119,3 +120,17 @@ def test_mistakes(llama, tmp_path, capsys) -> None:
         assert message in error
         assert error.count("\n") == 1
         assert not (tmp_path / "out").exists()
+
+
+def test_the_file_is_read_once(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, file: str) -> None:
+            reads.append(file)
+            super().__init__(file)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    convert_gguf(write_gguf(llama, tmp_path / "model.gguf", ENDS), tmp_path / "model")
+    assert reads == [str(tmp_path / "model.gguf")]
+    assert gguf.GGUFReader is Reader

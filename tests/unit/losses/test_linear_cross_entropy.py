@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from verl_speculator.losses import linear_cross_entropy
-from verl_speculator.losses.linear_cross_entropy import chunk_bytes
+from verl_speculator.losses.linear_cross_entropy import chunk_bytes, equal_chunks
 
 CHUNK_SIZES = [1, 3, 7, 100, None]
 
@@ -183,8 +183,19 @@ def test_without_gradients_only_the_logits_are_multiplied():
     assert sum("mm" in name for name in recorder.names) == 6
 
 
-@pytest.mark.parametrize(("gib", "mib"), [(80, 512), (160, 1024), (24, 153), (2, 64)])
+@pytest.mark.parametrize(("gib", "mib"), [(80, 512), (160, 1024), (24, 153), (2, 128)])
 def test_the_budget_of_a_chunk_follows_the_memory_of_the_device(gib, mib, monkeypatch) -> None:
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda: (0, gib * 2**30))
     assert chunk_bytes.__wrapped__("cuda") // 2**20 == mib
-    assert chunk_bytes.__wrapped__("cpu") == 64 * 2**20
+    assert chunk_bytes.__wrapped__("cpu") == 128 * 2**20
+
+
+def test_chunks_are_equal_whole_tiles_within_the_budget() -> None:
+    vocab_size = 49152
+    most = chunk_bytes("cpu") // (4 * vocab_size)
+    for num_rows in (1, most, most + 1, 1638, 100 * most + 7):
+        rows = equal_chunks(num_rows, vocab_size, "cpu")
+        assert rows <= most
+        assert rows == num_rows or rows % 64 == 0
+        # No chunk more than the budget asks for, if the budget were whole tiles.
+        assert -(-num_rows // rows) == -(-num_rows // (most // 64 * 64)) or num_rows <= most
