@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import REPOSITORY
+from tests.support.tiny import write_chats
 from verl_speculator.errors import ConfigError
 from verl_speculator.serving.options import check_options, read_options
 
@@ -103,8 +104,8 @@ def test_requests_with_a_lora_adapter(report) -> None:
     assert drafted["tokens"] == plain["tokens"]
     assert drafted["counters"]["num_accepted_tokens"] > 0
     without = [answer["tokens"][:40] for answer in report["none"]["greedy"]]
-    for number, tokens in enumerate(plain["tokens"]):
-        assert (tokens == without[number]) == (number % 2 == 0), "the adapter changes what the base says"
+    changed = [tokens != other for tokens, other in zip(plain["tokens"], without, strict=True)]
+    assert all(changed[1::2]), "the adapter changes what the base says"
 
 
 def test_structured_output_is_obeyed(report) -> None:
@@ -368,3 +369,27 @@ def test_example_client_with_curl(server) -> None:
     for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
         [line] = [line for line in counters if line.startswith(f"vllm:spec_decode_{name}_total{{")]
         assert float(line.split()[-1]) == totals[name]
+
+
+def test_load_test_of_a_running_server(server, world, tmp_path) -> None:
+    address, _ = server
+    chats = write_chats(tmp_path / "chats.parquet", 6)
+    before = server_counters(address)
+    load = ["--url", address, "--requests", "6", "--concurrency", "2", "--max-tokens", "16"]
+    result = subprocess.run(
+        [sys.executable, "-m", "verl_speculator.cli", "bench", "--base", str(world / "base"), "--data", str(chats),
+         *load, "--output", str(tmp_path / "load")],
+        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (measured,) = json.loads((tmp_path / "load" / "load.json").read_text())["results"]
+    assert (measured["name"], measured["drafts"], measured["concurrency"]) == (address, None, 2)
+    assert 0 < measured["ttft_p50"] <= measured["ttft_p99"]
+    assert 0 < measured["tpot_p50"] <= measured["tpot_p99"]
+    assert measured["tokens_per_second"] > 0
+    # Those of the round that warms up, too.
+    counted = {name: total - before[name] for name, total in server_counters(address).items()}
+    assert measured["acceptance_length"] == pytest.approx(
+        1 + counted["num_accepted_tokens"] / counted["num_drafts"], rel=0.05
+    )
+    assert f"{measured['acceptance_length']:.2f}" in result.stdout
