@@ -42,10 +42,9 @@ class Engine:
         **settings: Any,
     ) -> None:
         config = None if speculator is None else {"model": str(speculator), **(speculative or {})}
-        given: dict[str, Any] = {"enable_prefix_caching": False, "dtype": "float32"} | settings
+        given: dict[str, Any] = {"enable_prefix_caching": False, "dtype": "float32", "enforce_eager": True} | settings
         self.llm = LLM(
             model=str(world / "base"),
-            enforce_eager=True,
             max_model_len=256,
             max_num_seqs=slots,
             max_num_batched_tokens=chunk,
@@ -180,6 +179,16 @@ def main(world: Path) -> dict[str, Any]:
         report[name] = result
         engine.close()
     report["lora"] = {name: lora_answers(world, sources.get(name), greedy) for name in ("none", "lstm")}
+    engine = Engine(world, sources["lstm"], dtype="bfloat16")
+    report["bfloat16"] = {"sampled": sampled_sequences(engine, prompts[1]), "counters": engine.counters()}
+    engine.close()
+    engine = Engine(world, sources["lstm"], enforce_eager=False)
+    report["compiled"] = {
+        "greedy": engine.generate(greedy),
+        "counters": engine.counters(),
+        "mode": engine.llm.llm_engine.vllm_config.compilation_config.mode.name,
+    }
+    engine.close()
     return report | {"errors": serving_errors.main(world)}
 
 

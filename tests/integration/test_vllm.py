@@ -133,14 +133,24 @@ def test_exported_folders_draft_the_same(report) -> None:
     assert fewer["accepted_per_position"][0] >= all_heads["accepted_per_position"][0], "fewer drafts, so more rounds"
 
 
-@pytest.mark.parametrize("name", ["mlp", "lstm"])
+def test_compiled_base_and_speculator(report) -> None:
+    compiled = report["compiled"]
+    assert compiled["mode"] not in ("NONE", "0")
+    assert [answer["tokens"] for answer in compiled["greedy"]] == [a["tokens"] for a in report["none"]["greedy"]]
+    assert compiled["counters"] == report["lstm"]["counters"]
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm", "bfloat16"])
 def test_sampled_tokens_have_the_base_models_distribution(name: str, report, world) -> None:
     """Pearson's test of whole sequences against their exact probabilities, at five standard deviations."""
-    exact = exact_distribution(world, json.loads((world / "prompts.json").read_text())[1])
+    exact = exact_distribution(world, json.loads((world / "prompts.json").read_text())[1], name)
     drawn = Counter(tuple(sequence) for sequence in report[name]["sampled"])
     total = sum(drawn.values())
-    assert set(drawn) <= set(exact), "a sequence that top-k excludes was sampled"
-    assert report[name]["counters_sampled"]["num_accepted_tokens"] > 0.05 * total, "drafts are accepted here"
+    # In bfloat16 two tokens can be so close that another one comes third.
+    strange = sum(count for sequence, count in drawn.items() if sequence not in exact)
+    assert strange <= (0.05 * total if name == "bfloat16" else 0), "a sequence that top-k excludes was sampled"
+    counters = report[name].get("counters_sampled", report[name]["counters"])
+    assert counters["num_accepted_tokens"] > 0.05 * total, "drafts are accepted here"
     common = [sequence for sequence, p in exact.items() if p * total >= 5]
     rest = total - sum(drawn[sequence] for sequence in common)
     rest_expected = total - sum(exact[sequence] * total for sequence in common)
@@ -151,18 +161,20 @@ def test_sampled_tokens_have_the_base_models_distribution(name: str, report, wor
     assert statistic < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def exact_distribution(world: Path, prompt: list[int]) -> dict[tuple[int, ...], float]:
+def exact_distribution(world: Path, prompt: list[int], name: str) -> dict[tuple[int, ...], float]:
     import torch
     from transformers import AutoModelForCausalLM
 
     from tests.integration import serving_sampling as sampling
 
-    base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(
+        world / "base", dtype=torch.bfloat16 if name == "bfloat16" else torch.float32
+    ).eval()
     found: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(sampling.TOKENS):
         sequences = list(found)
         with torch.no_grad():
-            logits = base(torch.tensor([prompt + list(sequence) for sequence in sequences])).logits[:, -1]
+            logits = base(torch.tensor([prompt + list(sequence) for sequence in sequences])).logits[:, -1].float()
         values, tokens = (logits / sampling.TEMPERATURE).topk(sampling.TOP_K)
         probabilities = values.softmax(-1)
         found = {
