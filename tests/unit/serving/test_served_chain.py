@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ import torch
 from tests.unit.serving.conftest import HEADS, HIDDEN, VOCAB
 from verl_speculator.errors import CheckpointError
 from verl_speculator.models import ChainSpeculator
-from verl_speculator.serving.served_chain import ServedChain, VocabularyShard
+from verl_speculator.serving import base_state, served_chain
+from verl_speculator.serving.served_chain import ServedChain, VocabularyShard, load_served_chain
+from verl_speculator.serving.speculative_config_hook import ATTRIBUTE
 
 SETTINGS = {
     "mlp": {},
@@ -137,3 +141,25 @@ def test_states_of_a_base_that_normalises_late(make_speculator) -> None:
     hidden, token = 5 * torch.randn(6, HIDDEN), torch.arange(6)
     assert torch.equal(chain.draft(hidden, token, HEADS), speculator.draft(norm(hidden), token, HEADS))
     assert not any("norm" in name for name, _ in chain.named_modules()), "it stays the base's"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_it_computes_in_the_type_of_the_bases_states(dtype, make_speculator, monkeypatch, caplog) -> None:
+    """Which is `model_config.dtype` for a quantised base too, whatever its weights are held in."""
+    speculator, folder = make("sum_lstm", make_speculator)
+    served = SimpleNamespace(folder=lambda cache_dir: folder)
+    vllm_config = SimpleNamespace(
+        speculative_config=SimpleNamespace(**{ATTRIBUTE: served}),
+        model_config=SimpleNamespace(dtype=dtype),
+        load_config=SimpleNamespace(download_dir=None),
+    )
+    monkeypatch.setattr(served_chain, "_shard", lambda speculator: None)
+    monkeypatch.setattr(base_state, "find_state", lambda *_: None)
+    with caplog.at_level(logging.INFO):
+        chain = load_served_chain(vllm_config, torch.nn.Linear(1, 1), torch.device("cpu"))
+    assert {parameter.dtype for parameter in chain.parameters()} == {dtype}
+    assert f"Drafting with the ArcticLSTMSpeculator in {folder} (3 heads" in caplog.text
+    hidden = torch.randn(64, HIDDEN).to(dtype)
+    expected = speculator.draft(hidden.float(), torch.arange(64) % VOCAB, 1)
+    agree = (chain.draft(hidden, torch.arange(64) % VOCAB, 1) == expected).float().mean()
+    assert agree > 0.9
