@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -55,24 +55,24 @@ class DraftLoop:
 
     @torch.inference_mode()
     def capture(self, numbers_of_tokens: Collection[int], around: AbstractContextManager[object] | None = None) -> None:
-        """Capture graphs for these numbers of tokens, within a context in which collectives may be captured too.
+        """Capture graphs for these numbers of tokens, within a context with a stream for it; None makes one.
 
         Raises:
             Exception: Whatever CUDA or a library says. No graph is kept then.
         """
         self.graphs.clear()
-        captured, pool, stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with around or nullcontext():
+        captured, pool = {}, torch.cuda.graph_pool_handle()
+        torch.cuda.synchronize()
+        # Not the default stream, on which nothing can be captured.
+        with around or torch.cuda.stream(torch.cuda.Stream()):
             for size in reversed(self.sizes):
                 for num_tokens in sorted(numbers_of_tokens, reverse=True):
-                    with torch.cuda.stream(stream):
-                        self._draft(size, num_tokens)  # libraries choose their kernels outside the graph
+                    self._draft(size, num_tokens)  # libraries choose their kernels outside the graph
                     graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream()):
                         self._draft(size, num_tokens)
                     captured[size, num_tokens] = graph
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
         self.graphs = captured
 
     def _draft(self, batch: int, num_tokens: int) -> None:
