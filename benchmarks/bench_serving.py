@@ -245,9 +245,10 @@ def bench_drafts(args: argparse.Namespace) -> list[dict[str, Any]]:
     for kind in args.kinds:
         speculator = make_speculator(kind, args)
         chain = ServedChain(speculator)
-        variants = {"loop": DraftLoop(chain, max(args.batches), args.heads)}
+        names = ["loop", "graphs"] if device.type == "cuda" else ["loop"]
+        sizes = (max(args.batches), args.heads, args.hidden, getattr(torch, args.dtype), device)
+        variants = {name: DraftLoop(*sizes).draft_with(chain) for name in names}
         if device.type == "cuda":
-            variants["graphs"] = DraftLoop(chain, max(args.batches), args.heads)
             variants["graphs"].capture({args.heads})
         for loop in variants.values():
             loop.hidden.normal_()

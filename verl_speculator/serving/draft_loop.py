@@ -20,22 +20,22 @@ class DraftLoop:
 
     LARGEST = 256
 
+    chain: ServedChain
+    choose: Callable[[int], Choose] | None
+
     def __init__(
-        self,
-        chain: ServedChain,
-        max_batch: int,
-        num_tokens: int,
-        choose: Callable[[int], Choose] | None = None,
+        self, max_batch: int, num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        """`choose(batch)` gives what picks the tokens of so many rows; None drafts the likeliest."""
-        weight = chain.speculator.head_weight(0)
-        self.chain, self.choose = chain, choose
-        self.hidden = torch.zeros(
-            max_batch, chain.speculator.config.input_hidden_dim, dtype=weight.dtype, device=weight.device
-        )
-        self.token = torch.zeros(max_batch, dtype=torch.long, device=weight.device)
-        self.drafts = torch.zeros(max_batch, num_tokens, dtype=torch.long, device=weight.device)
+        """To be made outside of vLLM's loading of weights: what is allocated there is gone after a deep sleep."""
+        self.hidden = torch.zeros(max_batch, hidden_size, dtype=dtype, device=device)
+        self.token = torch.zeros(max_batch, dtype=torch.long, device=device)
+        self.drafts = torch.zeros(max_batch, num_tokens, dtype=torch.long, device=device)
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+
+    def draft_with(self, chain: ServedChain, choose: Callable[[int], Choose] | None = None) -> DraftLoop:
+        """Say what drafts; `choose(batch)` gives what picks the tokens of so many rows, None takes the likeliest."""
+        self.chain, self.choose = chain, choose
+        return self
 
     @property
     def sizes(self) -> list[int]:

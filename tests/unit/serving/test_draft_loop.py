@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tests.unit.serving.conftest import HEADS, HIDDEN, VOCAB
 from verl_speculator.serving.draft_loop import DraftLoop
 from verl_speculator.serving.served_chain import ServedChain
+
+
+def make_loop(chain: ServedChain, max_batch: int, choose: Any = None) -> DraftLoop:
+    weight = chain.speculator.head_weight(0)
+    return DraftLoop(max_batch, HEADS, HIDDEN, weight.dtype, weight.device).draft_with(chain, choose)
 
 
 def random_inputs(loop: DraftLoop, batch: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,7 +27,7 @@ def random_inputs(loop: DraftLoop, batch: int, generator: torch.Generator) -> tu
 @pytest.mark.parametrize("kind", ["mlp", "sum_rnn", "sum_lstm"])
 def test_drafts_of_any_batch(kind: str, make_speculator) -> None:
     speculator = make_speculator(kind)[0].eval()
-    loop = DraftLoop(ServedChain(speculator), max_batch=6, num_tokens=HEADS)
+    loop = make_loop(ServedChain(speculator), 6)
     generator = torch.Generator().manual_seed(0)
     for batch, num_tokens in ((1, HEADS), (6, HEADS), (3, 2), (2, 1)):
         expected = speculator.draft(*random_inputs(loop, batch, generator), num_tokens)
@@ -32,7 +39,7 @@ def test_drafts_of_any_batch(kind: str, make_speculator) -> None:
     ("max_batch", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (300, [1, 2, 4, 8, 16, 32, 64, 128, 256])]
 )
 def test_sizes_to_capture(max_batch: int, sizes: list[int], make_speculator) -> None:
-    assert DraftLoop(ServedChain(make_speculator()[0]), max_batch, HEADS).sizes == sizes
+    assert make_loop(ServedChain(make_speculator()[0]), max_batch).sizes == sizes
 
 
 def test_tokens_may_be_chosen_otherwise(make_speculator) -> None:
@@ -47,11 +54,21 @@ def test_tokens_may_be_chosen_otherwise(make_speculator) -> None:
 
         return second
 
-    loop = DraftLoop(ServedChain(speculator), max_batch=4, num_tokens=HEADS, choose=choose)
+    loop = make_loop(ServedChain(speculator), 4, choose)
     inputs = random_inputs(loop, 3, torch.Generator().manual_seed(0))
     expected = speculator.draft(*inputs, HEADS, choose=lambda logits: logits.topk(2).indices[:, 1])
     assert torch.equal(loop.run(3, HEADS), expected)
     assert seen == list(range(HEADS))
+
+
+def test_what_drafts_may_come_later_and_changes_no_buffer(make_speculator) -> None:
+    """vLLM discards what was allocated while weights were loaded, when it sleeps deeply."""
+    loop = DraftLoop(4, HEADS, HIDDEN, torch.float32, "cpu")
+    buffers = {name: value.data_ptr() for name, value in vars(loop).items() if isinstance(value, torch.Tensor)}
+    assert len(buffers) == 3
+    loop.draft_with(ServedChain(make_speculator()[0]))
+    loop.run(4, HEADS)
+    assert buffers == {name: value.data_ptr() for name, value in vars(loop).items() if isinstance(value, torch.Tensor)}
 
 
 @pytest.mark.gpu
@@ -59,7 +76,7 @@ def test_tokens_may_be_chosen_otherwise(make_speculator) -> None:
 @pytest.mark.parametrize("kind", ["mlp", "sum_rnn", "sum_lstm"])
 def test_graphs_draft_the_same_with_new_weights_too(kind: str, make_speculator) -> None:
     speculator = make_speculator(kind)[0].cuda().eval()
-    loop = DraftLoop(ServedChain(speculator), max_batch=6, num_tokens=HEADS)
+    loop = make_loop(ServedChain(speculator), 6)
     loop.capture({HEADS, 1})
     assert set(loop.graphs) == {(size, number) for size in (1, 2, 4, 6) for number in (1, HEADS)}
     generator = torch.Generator().manual_seed(0)

@@ -28,22 +28,27 @@ class SpeculatorProposer(runner_hook.StepReceiver):
 
     def __init__(self, vllm_config: Any) -> None:
         self.vllm_config = vllm_config
-        self.vocab_size = vllm_config.model_config.get_vocab_size()
+        model, self.device = vllm_config.model_config, _device()
+        self.vocab_size = model.get_vocab_size()
+        self.num_drafts = vllm_config.speculative_config.num_speculative_tokens
+        # Here, not where weights are loaded: sleep at level 2 discards what is allocated there.
+        self.loop = DraftLoop(
+            *(vllm_config.scheduler_config.max_num_seqs, self.num_drafts, model.get_hidden_size(), model.dtype),
+            self.device,
+        )
+        self.guard = AcceptanceGuard(self.device)
+        self.guard.is_done = get_tensor_model_parallel_rank() > 0  # one rank says it
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         """Read the weights in the type of the base model; vLLM calls this when the base model is loaded."""
         runner_hook.install()
         rejection_sampler_fix.apply_where_needed()
-        device = _device()
         # Not `model`: vLLM looks for the layers of a transformer in an attribute of that name.
-        self.chain = load_served_chain(self.vllm_config, target_model, device)
-        drafts = self.vllm_config.speculative_config.num_speculative_tokens
-        self.loop = DraftLoop(self.chain, self.vllm_config.scheduler_config.max_num_seqs, drafts)
-        self.guard = AcceptanceGuard(device)
-        self.guard.is_done = get_tensor_model_parallel_rank() > 0  # one rank says it
-        if device.type == "cuda" and not self.vllm_config.model_config.enforce_eager:
+        self.chain = load_served_chain(self.vllm_config, target_model, self.device)
+        self.loop.draft_with(self.chain)
+        if self.device.type == "cuda" and not self.vllm_config.model_config.enforce_eager:
             try:
-                self.loop.capture({drafts}, graph_capture(device=device))
+                self.loop.capture({self.num_drafts}, graph_capture(device=self.device))
             except Exception:
                 logger.exception("The drafts could not be captured in CUDA graphs; they run without, which is slower.")
 

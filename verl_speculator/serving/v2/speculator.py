@@ -30,14 +30,18 @@ class ChainDrafter(DraftModelSpeculator):
     shards.
     """
 
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        # Here, not where weights are loaded: sleep at level 2 discards what is allocated there.
+        self.loop = DraftLoop(self.max_num_reqs, self.num_speculative_steps, self.hidden_size, self.dtype, device)
+        self.positions = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=device)
+        self.steps = torch.arange(self.num_speculative_steps, device=device)
+        self.guard = AcceptanceGuard(device)
+        self.guard.is_done = get_tensor_model_parallel_rank() > 0  # one rank says it
+
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         chain = load_served_chain(self.vllm_config, target_model, self.device)
-        choose = None if self.draft_logits is None else self._sample
-        self.loop = DraftLoop(chain, self.max_num_reqs, self.num_speculative_steps, choose)
-        self.positions = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=self.device)
-        self.steps = torch.arange(self.num_speculative_steps, device=self.device)
-        self.guard = AcceptanceGuard(self.device)
-        self.guard.is_done = get_tensor_model_parallel_rank() > 0  # one rank says it
+        self.loop.draft_with(chain, None if self.draft_logits is None else self._sample)
         return chain
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:

@@ -29,7 +29,7 @@ def drafter(make_speculator) -> Any:
 
     drafter = ChainDrafter.__new__(ChainDrafter)
     drafter.model = ServedChain(make_speculator("sum_lstm")[0])
-    drafter.loop = DraftLoop(drafter.model, SLOTS, HEADS)
+    drafter.loop = DraftLoop(SLOTS, HEADS, HIDDEN, torch.float32, "cpu").draft_with(drafter.model)
     drafter.num_speculative_steps, drafter.draft_logits = HEADS, None
     drafter.counted = []
     drafter.guard = SimpleNamespace(count=lambda accepted, drafts: drafter.counted.append((accepted.tolist(), drafts)))
