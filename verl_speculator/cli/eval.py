@@ -7,7 +7,6 @@ import functools
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from verl_speculator.cli.arguments import (
     add_data_arguments,
@@ -17,11 +16,9 @@ from verl_speculator.cli.arguments import (
     import_all,
     settings_of,
 )
+from verl_speculator.cli.progress import ProgressBars
 from verl_speculator.errors import ConfigError, SpeculatorError
 from verl_speculator.evaluation.settings import DRAFT_SAMPLING, EvaluationInput, EvaluationSettings
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 PURPOSE = "measure speculators: acceptance length, losslessness, speed"
 DESCRIPTION = """\
@@ -29,6 +26,9 @@ Measure speculators on the prompts of chat data: decode each prompt with the bas
 and report tokens per target forward (acceptance length), whether the output stayed the same, and the speed-up.
 
   verl-speculator eval --base BASE --speculator FOLDER --data test.parquet --report out/
+
+With --accept drafts are kept that the target would not have written: that is lossy, and is shown beside the lossless
+decoding of the same speculator; --answers COLUMN tells what it costs in accuracy.
 
 Several --speculator are compared side by side. --report writes eval.json and index.html, which opens in any browser.
 
@@ -49,6 +49,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a speculator/ folder, a global_step_N that holds one, or a name on the hub; repeat to compare",
     )
     add_import_argument(what)
+    what.add_argument(
+        "--accept",
+        action="append",
+        metavar="RULE",
+        help="also decode with an acceptance rule, which is lossy: probability:P, top-k:K, kl:NATS, margin:RATIO, "
+        "entropy:SHARE, random:RATE, accept-all, or scorer:FOLDER[@THRESHOLD]; repeat to compare",
+    )
+    what.add_argument(
+        "--answers", metavar="COLUMN", help="column of the data with the right answers: accuracy is measured too"
+    )
     output = parser.add_argument_group("what to leave behind")
     output.add_argument("--report", type=Path, metavar="FOLDER", help="write eval.json and index.html there")
     output.add_argument(
@@ -109,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     from verl_speculator.reports.page import write_file
     from verl_speculator.reports.table import format_table
 
-    with _ProgressBars() as bars:
+    with ProgressBars() as bars:
         result = evaluate(
             given.base,
             given.speculators,
@@ -143,26 +153,3 @@ def _check_run(folder: Path) -> None:
         read_curves(folder)
     except SpeculatorError as error:
         raise type(error)(f"--run-dir: {error}") from error
-
-
-class _ProgressBars:
-    """A bar for each thing that is done, one after the other."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._doing = ""
-
-    def __enter__(self) -> _ProgressBars:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, doing: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if self._bar is None or doing != self._doing:
-            self.__exit__()
-            self._doing, self._bar = doing, tqdm(total=total, desc=doing, unit="prompt", dynamic_ncols=True)
-        self._bar.update(done - self._bar.n)

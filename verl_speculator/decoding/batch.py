@@ -20,9 +20,14 @@ class Batch:
         self._tokens = tokens  # [B, cache slots + 1], padded on the left; the last token is not in the cache yet
         self._hidden = hidden  # [B, H], predicted the last token
         self._lengths = lengths  # cached tokens
+        self._prompt_lengths = lengths  # of all rows of the call
 
     def context(self) -> DraftContext:
         return DraftContext(self._hidden, self._tokens, self._cached() + 1)
+
+    def prompt_lengths(self) -> Tensor:
+        """Tokens of the rows' prompts, [B]."""
+        return torch.tensor([self._prompt_lengths[row] for row in self.row_ids], device=self._tokens.device)
 
     def no_drafts(self) -> Tensor:
         return self._tokens[:, :0]
@@ -77,6 +82,8 @@ class Transcript:
         self.tokens = [[token] for token in first_tokens]
         self.accepted: list[list[int]] = [[] for _ in first_tokens]
         self.drafted: list[list[int]] = [[] for _ in first_tokens]
+        self.lossy: list[list[int]] = [[] for _ in first_tokens]  # places in `tokens` of accepted mismatches
+        self.scoring_calls = [0] * len(first_tokens)
         self._limits = limits
 
     def add_round(self, row: int, tokens: list[int], accepted: int, drafted: int) -> None:
@@ -88,6 +95,12 @@ class Transcript:
                 break
         self.accepted[row].append(accepted)
         self.drafted[row].append(drafted)
+
+    def add_lossy(self, row: int, slots: list[int], calls: int) -> None:
+        """Of the round that `add_round` is about to add: drafts that only a rule accepted, and what asking it cost."""
+        begin = len(self.tokens[row])
+        self.lossy[row] += [begin + slot for slot in slots if begin + slot < self._limits.max_new_tokens]
+        self.scoring_calls[row] += calls
 
     def unfinished(self, rows: list[int]) -> list[int]:
         """The places in `rows` of those that go on."""

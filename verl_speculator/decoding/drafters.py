@@ -46,11 +46,14 @@ class Draft:
         tokens: [B, k], int64.
         lengths: [B], how many of the k each row proposes; None for all of them.
         probabilities: [B, k, V].
+        logits: [B, k, V], what the tokens were chosen from, where a drafter was asked to keep them (`keep_logits`).
+            Lossless verification never looks at them.
     """
 
     tokens: Tensor
     lengths: Tensor | None = None
     probabilities: Tensor | None = None
+    logits: Tensor | None = None
 
 
 @runtime_checkable
@@ -121,6 +124,7 @@ class SpeculatorDrafter:
         """
         self.speculator = speculator
         self.sampling = None if sampling is None or sampling.is_greedy else sampling
+        self.keep_logits = False
         if self.sampling and not isinstance(speculator, ChainSpeculator):
             raise _not_random(speculator)
 
@@ -130,26 +134,55 @@ class SpeculatorDrafter:
 
     def propose(self, context: DraftContext, num_tokens: int, generator: torch.Generator | None) -> Draft:
         hidden, last, sampling = context.hidden_states, context.last_token, self.sampling
-        if sampling is None:
+        if sampling is None and not self.keep_logits:
             return Draft(self.speculator.draft(hidden, last, num_tokens))
+        all_logits: list[Tensor] = []
         distributions: list[Tensor] = []
 
         def choose(logits: Tensor) -> Tensor:
+            all_logits.append(logits)
+            if sampling is None:
+                return logits.argmax(-1)
             # Kept for verification, which is exact only with the distribution that a draft was drawn from.
             distributions.append(sampling.probabilities(logits))
             return sample(distributions[-1], generator)
 
         assert isinstance(self.speculator, ChainSpeculator)
         tokens = self.speculator.draft(hidden, last, num_tokens, choose)
-        return Draft(tokens, probabilities=torch.stack(distributions, dim=1))
+        return Draft(
+            tokens,
+            probabilities=torch.stack(distributions, dim=1) if distributions else None,
+            logits=torch.stack(all_logits, dim=1) if self.keep_logits else None,
+        )
 
 
-def as_drafter(drafter: GreedyDraftHead | Drafter, sampling: SamplingParams, draft_sampling: DraftSampling) -> Drafter:
+def as_drafter(
+    drafter: GreedyDraftHead | Drafter,
+    sampling: SamplingParams,
+    draft_sampling: DraftSampling,
+    *,
+    keep_logits: bool = False,
+) -> Drafter:
     """A drafter as it is, a speculator behind its own (`make_drafter`) or behind `SpeculatorDrafter`.
 
     Raises:
-        ConfigError: `draft_sampling` is unknown, or asks for sampled drafts of what is no speculator.
+        ConfigError: `draft_sampling` is unknown, or asks for sampled drafts of what is no speculator; or `keep_logits`
+            asks for the logits of a drafter that has none.
     """
+    found = _as_drafter(drafter, sampling, draft_sampling)
+    if keep_logits:
+        if not hasattr(found, "keep_logits") or (
+            isinstance(found, SpeculatorDrafter) and not isinstance(found.speculator, ChainSpeculator)
+        ):
+            raise ConfigError(
+                f"the acceptance rule compares with the drafter's own distribution, which a {type(drafter).__name__} "
+                "does not give; a chain of heads (mlp, lstm) or a language model does"
+            )
+        found.keep_logits = True
+    return found
+
+
+def _as_drafter(drafter: GreedyDraftHead | Drafter, sampling: SamplingParams, draft_sampling: DraftSampling) -> Drafter:
     if draft_sampling not in ("greedy", "random"):
         raise ConfigError(f'draft_sampling must be "greedy" or "random", not "{draft_sampling}".')
     if hasattr(drafter, "make_drafter"):

@@ -24,6 +24,21 @@ class DecodingResult:
     accepted_per_round: list[list[int]]
     drafted_per_round: list[list[int]] | None = None  # None: `num_draft_tokens` in every round
     times: DecodingTimes = field(default_factory=DecodingTimes)
+    # With a lossy rule: per row, which places of `tokens` hold drafts that the target would not have written, and how
+    # many forwards of the target's size the rule took. None: decoding was lossless.
+    lossy_tokens: list[list[int]] | None = None
+    scoring_calls: list[int] | None = None
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether an acceptance rule was at work, so that the tokens need not be the target's own."""
+        return self.lossy_tokens is not None
+
+    @property
+    def target_calls(self) -> list[int]:
+        """Forward passes of the target's size per row: the prompt's, one a round, and a rule's own."""
+        scoring = self.scoring_calls or [0] * len(self.tokens)
+        return [1 + len(rounds) + calls for rounds, calls in zip(self.accepted_per_round, scoring, strict=True)]
 
     @property
     def num_rounds(self) -> int:
@@ -70,7 +85,7 @@ class DecodingResult:
         """What every row alone would take: forwards for its tokens with and without drafts."""
         return TargetForwards(
             plain=sum(map(len, self.tokens)),
-            used=sum(1 + len(accepted) for accepted in self.accepted_per_round),
+            used=sum(self.target_calls),
         )
 
     def _drafted(self) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """Reference decoding on a Hugging Face model: plain, and speculative with any drafter. The KV cache is kept.
 
-Lossless: greedy tokens are those of plain greedy decoding, sampled ones have the target's distribution. It exists to
-measure speculators and to check other implementations against, so it favours being readable and exact over being fast.
+Lossless, unless an acceptance rule is given: greedy tokens are those of plain greedy decoding, sampled ones have the
+target's distribution. It exists to measure speculators and to check other implementations against, so it favours being
+readable and exact over being fast.
 
 One round feeds `[last token, k drafts]` to the target in one forward pass, keeps what it accepts and adds one token of
 its own. Rows accept different numbers of drafts and go on from there.
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from verl_speculator.decoding.acceptance import AcceptanceRule, Relaxation
 from verl_speculator.decoding.batch import Batch, Limits, Transcript
 from verl_speculator.decoding.drafters import (
     Draft,
@@ -63,6 +65,7 @@ def speculative_generate(
     draft_sampling: DraftSampling = "greedy",
     eos_token_id: int | Collection[int] | None = None,
     generator: torch.Generator | None = None,
+    lossy_rule: AcceptanceRule | None = None,
 ) -> DecodingResult:
     """Decode with drafts of up to `num_draft_tokens` tokens (when not given, as many as the drafter can make).
 
@@ -74,6 +77,9 @@ def speculative_generate(
     ("random"); at temperature 0 that is the same. `generator`, on the model's device, makes sampling reproducible for
     the same batch.
 
+    `lossy_rule` keeps drafts that the target would not have written: the output is then no longer the target's own.
+    `decoding.rules` has some. The result says where that happened.
+
     Raises:
         ConfigError: a number of drafts that the drafter cannot make, a speculator of another base model, or a model
             whose past cannot take back a rejected token.
@@ -82,14 +88,15 @@ def speculative_generate(
     if isinstance(drafter, Speculator):
         vocab_size, hidden_size = model.get_output_embeddings().weight.shape
         drafter.config.check_fits_base(hidden_size, vocab_size)
-    wrapped = as_drafter(drafter, sampling, draft_sampling)
+    keep_logits = lossy_rule is not None and lossy_rule.needs_draft_logits
+    wrapped = as_drafter(drafter, sampling, draft_sampling, keep_logits=keep_logits)
     count = wrapped.max_draft_tokens if num_draft_tokens is None else num_draft_tokens
     if not 1 <= count <= wrapped.max_draft_tokens:
         raise ConfigError(
             f"num_draft_tokens={count} must be between 1 and {wrapped.max_draft_tokens}, "
             "the most that this drafter can make (n_predict of a speculator)."
         )
-    settings = _Settings(Limits(max_new_tokens, _stop_tokens(eos_token_id)), sampling, generator)
+    settings = _Settings(Limits(max_new_tokens, _stop_tokens(eos_token_id)), sampling, generator, lossy_rule)
     return _decode(model, wrapped, count, input_ids, attention_mask, settings)
 
 
@@ -98,9 +105,10 @@ class _Settings:
     limits: Limits
     sampling: SamplingParams
     generator: torch.Generator | None
+    lossy_rule: AcceptanceRule | None = None
 
-    def verify(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return verify(draft, logits, self.sampling, self.generator)
+    def verify(self, draft: Draft, logits: Tensor, relax: Relaxation | None = None) -> tuple[Tensor, Tensor]:
+        return verify(draft, logits, self.sampling, self.generator, relax)
 
 
 @torch.inference_mode()
@@ -135,9 +143,16 @@ def _decode(
                 draft = _trimmed(drafter.propose(batch.context(), num_draft_tokens, settings.generator))
                 clock.lap("draft")
             hidden, logits = batch.forward(draft.tokens, max_position)
-            tokens, accepted = settings.verify(draft, logits)
+            relax = None
+            if settings.lossy_rule is not None and draft.tokens.size(1):
+                relax = Relaxation(settings.lossy_rule, batch, draft, hidden, logits, settings.limits.stop_tokens)
+            tokens, accepted = settings.verify(draft, logits, relax)
             clock.lap("verify")
             kept = accepted.tolist()
+            if relax is not None:
+                # Before the round itself: it notes which of the tokens to come are nobody's choice but the rule's.
+                for row, slots, calls in zip(batch.row_ids, relax.lossy_slots(kept), relax.calls(), strict=True):
+                    transcript.add_lossy(row, slots, calls)
             for row, new, num_kept, num_drafted in zip(
                 batch.row_ids, tokens.tolist(), kept, _lengths(draft), strict=True
             ):
@@ -155,6 +170,8 @@ def _decode(
         transcript.accepted,
         transcript.drafted,
         clock.times(),
+        lossy_tokens=transcript.lossy if settings.lossy_rule is not None else None,
+        scoring_calls=transcript.scoring_calls if settings.lossy_rule is not None else None,
     )
 
 
@@ -164,7 +181,8 @@ def _trimmed(draft: Draft) -> Draft:
         return draft
     width = int(draft.lengths.max())
     probabilities = None if draft.probabilities is None else draft.probabilities[:, :width]
-    return Draft(draft.tokens[:, :width], draft.lengths, probabilities)
+    logits = None if draft.logits is None else draft.logits[:, :width]
+    return Draft(draft.tokens[:, :width], draft.lengths, probabilities, logits)
 
 
 def _lengths(draft: Draft) -> list[int]:

@@ -67,6 +67,8 @@ class Target:
 
     def take_aux(self) -> Tensor:
         """The states of the layers asked for, of every position of the last forward pass: [B, Q, A * H]."""
+        if not self._aux_layer_ids:
+            return torch.empty(0)
         return torch.cat([self._aux[layer_id] for layer_id in self._aux_layer_ids], dim=-1)
 
     def prefill(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

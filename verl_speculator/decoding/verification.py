@@ -6,6 +6,8 @@ is kept has exactly the target's distribution, whatever was drafted. docs/maths.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,24 +16,37 @@ from verl_speculator.decoding.sampling import SamplingParams, sample
 
 
 def verify(
-    draft: Draft, logits: Tensor, sampling: SamplingParams, generator: torch.Generator | None
+    draft: Draft,
+    logits: Tensor,
+    sampling: SamplingParams,
+    generator: torch.Generator | None,
+    relax: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compare drafts of k tokens with the target's `logits [B, k + 1, V]`, the i-th of which follow i drafts.
+
+    `relax` makes it lossy: from the drafts that are kept losslessly, `[B, k]` bool, it says which to keep instead.
 
     Returns tokens `[B, k + 1]` and the number of accepted drafts `[B]`: row b has gained its first `accepted[b] + 1`
     tokens, the last of which is the target's own.
     """
-    if sampling.is_greedy:
-        predictions = logits.argmax(-1)
-        return predictions, _accepted_prefix(draft.tokens == predictions[:, :-1], draft.lengths)
-    return _verify_sampled(draft, sampling.probabilities(logits), generator)
+    if not sampling.is_greedy:
+        return _verify_sampled(draft, sampling.probabilities(logits), generator, relax)
+    predictions = logits.argmax(-1)
+    keep = draft.tokens == predictions[:, :-1]
+    if relax is not None:
+        keep = relax(keep)
+        predictions = torch.cat([torch.where(keep, draft.tokens, predictions[:, :-1]), predictions[:, -1:]], dim=1)
+    return predictions, _accepted_prefix(keep, draft.lengths)
 
 
-def _verify_sampled(draft: Draft, target: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _verify_sampled(
+    draft: Draft, target: Tensor, generator: torch.Generator | None, relax: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
     batch, num_drafts = draft.tokens.shape
     chance = acceptance_probability(draft, target[:, :-1])
     uniform = torch.rand(chance.shape, generator=generator, dtype=chance.dtype, device=chance.device)
-    accepted = _accepted_prefix(uniform < chance, draft.lengths)
+    keep = uniform < chance
+    accepted = _accepted_prefix(keep if relax is None else relax(keep), draft.lengths)
 
     rows = torch.arange(batch, device=accepted.device)
     distribution = target[rows, accepted]

@@ -13,7 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from verl_speculator.base_model.loading import Target, explain_out_of_memory
 from verl_speculator.data.prompts import Prompt, left_pad
-from verl_speculator.decoding import DecodingResult, NgramDrafter, SamplingParams, generate, speculative_generate
+from verl_speculator.decoding import (
+    AcceptanceRule,
+    DecodingResult,
+    NgramDrafter,
+    SamplingParams,
+    generate,
+    speculative_generate,
+)
 from verl_speculator.evaluation.settings import EvaluationSettings
 from verl_speculator.models import ChainSpeculator
 
@@ -38,6 +45,8 @@ class Drafting:
     results: list[DecodingResult] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     weight_share: float | None = None
+    rule: str | None = None  # with an acceptance rule, decoding is lossy
+    accepts: AcceptanceRule | None = None
 
 
 @dataclass
@@ -139,6 +148,7 @@ def _timed_decode(
         result = generate(target.model, input_ids, attention_mask, **options)
     else:
         options |= {"num_draft_tokens": way.num_draft_tokens, "draft_sampling": way.draft_sampling}
+        options["lossy_rule"] = way.accepts
         result = speculative_generate(target.model, way.drafter, input_ids, attention_mask, **options)
     _synchronize(target.device)
     return result, time.perf_counter() - start

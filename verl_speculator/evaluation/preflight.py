@@ -11,6 +11,7 @@ from verl_speculator.base_model.files import check_base_files, is_hub_name
 from verl_speculator.data.chats import check_chat_file
 from verl_speculator.errors import CheckpointError, ConfigError, DataError, MissingFileError, naming
 from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings
+from verl_speculator.scorer.answers import check_answers
 
 if TYPE_CHECKING:
     from verl_speculator.models import SpeculatorConfig
@@ -36,6 +37,16 @@ def check_input(given: EvaluationInput, settings: EvaluationSettings) -> None:
         given.base, key="--base", template_key="--chat-template FILE", has_template=given.chat_template is not None
     )
     read_speculator_configs(given, settings, None if sizes is None else (sizes.hidden_size, sizes.vocab_size))
+    if settings.answers is not None:
+        for file in given.data:
+            check_answers(file, settings.answers)
+    if settings.accept:
+        # Last, because transformers comes with it.
+        from verl_speculator.scorer.rule import check_rule
+
+        with naming("--accept"):
+            for text in settings.accept:
+                check_rule(text)
 
 
 @functools.cache

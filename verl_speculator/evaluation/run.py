@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from verl_speculator.evaluation.results import DrafterResult, EvaluationResult
 from verl_speculator.evaluation.settings import EvaluationInput, EvaluationSettings, label_paths
 from verl_speculator.evaluation.summary import summarize_drafting, summarize_target
 from verl_speculator.models import Speculator
+from verl_speculator.scorer.answers import read_answers
+from verl_speculator.scorer.rule import load_rule
 
 
 def evaluate(
@@ -78,11 +80,15 @@ def _evaluate(given: EvaluationInput, settings: EvaluationSettings, report: Repo
         target = load_target(given.base, settings, tokenizer)
         longest = max(max(settings.num_draft_tokens, default=config.n_predict) for config in configs)
         lookup = Drafting("prompt lookup", NgramDrafter(longest), longest)
-        drafted = [*_load_speculators(given, settings, target), lookup]
+        speculators = _load_speculators(given, settings, target)
+        # Lossy ones last: what stands first in a report is lossless.
+        drafted = [*speculators, *_with_rules(speculators, settings, target), lookup]
     measurement = measure(target, drafted, prompts, settings, report)
     loss, loss_tokens = held_out_loss(target, prompts, settings, report)
-    *speculators, baseline = [
-        summarize_drafting(measurement, drafting, prompts, target, is_greedy=settings.is_greedy) for drafting in drafted
+    answers = read_answers(given.data, settings.answers) if settings.answers is not None else None
+    *results, baseline = [
+        summarize_drafting(measurement, drafting, prompts, target, is_greedy=settings.is_greedy, answers=answers)
+        for drafting in drafted
     ]
     return EvaluationResult(
         base=given.base,
@@ -97,10 +103,10 @@ def _evaluate(given: EvaluationInput, settings: EvaluationSettings, report: Repo
             "python": platform.python_version(),
         },
         machine=_machine(target.device),
-        target=summarize_target(measurement, loss, loss_tokens),
-        speculators=speculators,
+        target=summarize_target(measurement, loss, loss_tokens, prompts, target, answers),
+        speculators=results,
         prompt_lookup=baseline,
-        notes=[*_skipped_note(too_long, settings), *_notes(given, drafted, speculators, target)],
+        notes=[*_skipped_note(too_long, settings), *_notes(given, drafted, results, target)],
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 
@@ -127,6 +133,17 @@ def _load_speculators(given: EvaluationInput, settings: EvaluationSettings, targ
     return drafted
 
 
+def _with_rules(speculators: Sequence[Drafting], settings: EvaluationSettings, target: Target) -> list[Drafting]:
+    """Each speculator with each acceptance rule, under a name that says that this is lossy."""
+    with naming("--accept"):
+        rules = [(text, load_rule(text, target.model)) for text in settings.accept]
+    return [
+        replace(way, label=f"{way.label}, lossy {text}", rule=text, accepts=rule, results=[], seconds=[])
+        for way in speculators
+        for text, rule in rules
+    ]
+
+
 def _skipped_note(too_long: Sequence[Prompt], settings: EvaluationSettings) -> list[str]:
     if not too_long:
         return []
@@ -142,6 +159,12 @@ def _notes(
     """What a reader should know that is no error."""
     notes = []
     for drafting, result in zip(drafted[: len(results)], results, strict=True):
+        if result.lossy_rule is not None:
+            notes.append(
+                f"{result.label} kept {result.num_lossy_accepted} drafts that the target would not have written: its "
+                "outputs are not the target's own."
+            )
+            continue
         trained_on = drafting.drafter.config.base_model_name_or_path
         if trained_on and not _same_model(trained_on, given.base):
             notes.append(f"{result.label} was trained on {trained_on!r} and is measured on {given.base!r}.")

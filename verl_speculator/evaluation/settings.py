@@ -19,6 +19,9 @@ class EvaluationSettings(LoadSettings):
         num_prompts: The first so many rows of the data; None takes all. Its flag is `--limit`.
         num_draft_tokens: Drafted per round; with several, each speculator is measured with each of them. Empty takes
             its `n_predict`.
+        accept: Acceptance rules, such as "top-k:2" or "scorer:FOLDER": each speculator is also measured with each of
+            them. Such decoding is lossy.
+        answers: The column of the data with the right answers; None measures no accuracy.
 
     Raises:
         ConfigError: A value that cannot work; the message names its flag.
@@ -34,6 +37,8 @@ class EvaluationSettings(LoadSettings):
     seed: int = 0
     draft_sampling: str = "greedy"
     messages_key: str = "messages"
+    accept: tuple[str, ...] = ()
+    answers: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +50,8 @@ class EvaluationSettings(LoadSettings):
                     raise ConfigError(f"{shown} must be at least 1, got {number}")
         if len(set(self.num_draft_tokens)) < len(self.num_draft_tokens):
             raise ConfigError(f"--num-draft-tokens names the same number twice: {self.num_draft_tokens}")
+        if len(set(self.accept)) < len(self.accept):
+            raise ConfigError(f"--accept names the same rule twice: {', '.join(self.accept)}")
         if not self.temperature >= 0:
             raise ConfigError(f"--temperature must be 0 (greedy) or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:

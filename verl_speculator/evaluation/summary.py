@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from verl_speculator.base_model.loading import Target
@@ -20,14 +20,27 @@ from verl_speculator.decoding import (
 )
 from verl_speculator.evaluation.measure import Drafting, Measurement, by_prompt
 from verl_speculator.evaluation.results import Costs, DrafterResult, PromptResult, Speedup, TargetHealth
+from verl_speculator.scorer.answers import AnswerCheck
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
 
+Answers = Mapping[tuple[str, int], str]  # by file and row
+
+
 def summarize_drafting(
-    measurement: Measurement, drafting: Drafting, prompts: Sequence[Prompt], target: Target, *, is_greedy: bool
+    measurement: Measurement,
+    drafting: Drafting,
+    prompts: Sequence[Prompt],
+    target: Target,
+    *,
+    is_greedy: bool,
+    answers: Answers | None = None,
 ) -> DrafterResult:
-    """Everything about one drafter. Outputs are compared with plain decoding's only if both are greedy."""
+    """Everything about one drafter. Outputs are compared with plain decoding's only if both are greedy.
+
+    With an acceptance rule they are counted where they are the same, and need not be.
+    """
     per_prompt = list(by_prompt(measurement.batches, drafting.results))
     plain = [result.tokens[row] for result, row in by_prompt(measurement.batches, measurement.plain)]
     counts = [result.counts_per_row[row] for result, row in per_prompt]
@@ -35,6 +48,8 @@ def summarize_drafting(
     identical = [result.tokens[row] == tokens for (result, row), tokens in zip(per_prompt, plain, strict=True)]
     forwards = sum((result.target_forwards for result in drafting.results), TargetForwards())
     costs = _costs(measurement.plain, drafting.results)
+    texts = [_text(target, result.tokens[row]) for result, row in per_prompt]
+    accuracy, num_unanswered = grade(texts, prompts, answers)
     return DrafterResult(
         label=drafting.label,
         path=None if drafting.path is None else str(drafting.path),
@@ -49,7 +64,7 @@ def summarize_drafting(
         target_forwards=forwards.used,
         target_forwards_plain=forwards.plain,
         target_forwards_saved=forwards.share_saved,
-        identical_outputs=all(identical) if is_greedy else None,
+        identical_outputs=all(identical) if is_greedy and drafting.rule is None else None,
         num_identical=sum(identical) if is_greedy else None,
         speedup=paired_speedup(_ratios(measurement, drafting)),
         speedup_predicted=_predict(total.tokens_per_round, costs),
@@ -63,11 +78,39 @@ def summarize_drafting(
             _prompt_result(prompt, result, row, same if is_greedy else None, target)
             for prompt, (result, row), same in zip(prompts, per_prompt, identical, strict=True)
         ],
+        lossy_rule=drafting.rule,
+        num_lossy_accepted=sum(len(result.lossy_tokens[row]) for result, row in per_prompt if result.lossy_tokens),
+        tokens_per_target_call=sum(len(result.tokens[row]) for result, row in per_prompt) / forwards.used,
+        accuracy=accuracy,
+        num_unanswered=num_unanswered,
     )
 
 
-def summarize_target(measurement: Measurement, loss: float | None, loss_tokens: int) -> TargetHealth:
+def grade(texts: Sequence[str], prompts: Sequence[Prompt], answers: Answers | None) -> tuple[float | None, int]:
+    """The share of texts that give the right answer, and from how many none could be extracted; they count as wrong."""
+    if answers is None:
+        return None, 0
+    check = AnswerCheck()
+    right = [
+        check.is_correct(text, answers[prompt.chat.file, prompt.chat.row])
+        for text, prompt in zip(texts, prompts, strict=True)
+    ]
+    return sum(one is True for one in right) / len(right), right.count(None)
+
+
+def summarize_target(
+    measurement: Measurement,
+    loss: float | None,
+    loss_tokens: int,
+    prompts: Sequence[Prompt] = (),
+    target: Target | None = None,
+    answers: Answers | None = None,
+) -> TargetHealth:
     outputs = [tokens for result in measurement.plain for tokens in result.tokens]
+    accuracy = None
+    if target is not None:
+        texts = [_text(target, result.tokens[row]) for result, row in by_prompt(measurement.batches, measurement.plain)]
+        accuracy, _ = grade(texts, prompts, answers)
     num_tokens = sum(map(len, outputs))
     return TargetHealth(
         held_out_loss=loss,
@@ -75,7 +118,15 @@ def summarize_target(measurement: Measurement, loss: float | None, loss_tokens: 
         repeated_4grams=repeated_share(outputs),
         num_tokens=num_tokens,
         tokens_per_second=num_tokens / sum(measurement.plain_seconds),
+        accuracy=accuracy,
     )
+
+
+def _text(target: Target, tokens: Sequence[int]) -> str:
+    """What an answer says: without the tokens that end it."""
+    kept = [token for token in tokens if token not in target.stop_tokens]
+    text: str = target.tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _ratios(measurement: Measurement, drafting: Drafting) -> list[float]:

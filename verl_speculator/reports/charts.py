@@ -194,6 +194,36 @@ def line_chart(
     return chart.svg()
 
 
+def scatter_chart(
+    points: Sequence[tuple[Series, float, float]],
+    paths: Sequence[tuple[Series, Sequence[tuple[float, float]]]] = (),
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    write: Format,
+    reference: float,
+    reference_label: str,
+) -> str:
+    """Named points, thin lines through what was tried beside them, and a dashed line at `reference` of the x axis."""
+    chart = _Chart(title, HEIGHT)
+    with chart.axes(x_label, y_label) as axes:
+        _set_ticks(axes.xaxis, write)
+        _set_ticks(axes.yaxis, short)
+        for series, path in paths:
+            if path:
+                axes.plot(*zip(*path, strict=True), color=_COLOURS[series.style], linewidth=1.2, alpha=0.5)
+        for series, x, y in points:
+            mark = axes.scatter(x, y, 70, _COLOURS[series.style], linewidths=0, zorder=3)
+            chart.say(mark, f"{series.name}: {short(y)} at {write(x)}")
+            axes.annotate(visible(series.name), (x, y), xytext=(6, 4), textcoords="offset points", size=11)
+        axes.axvline(reference, **_reference_line())
+        above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 5), "textcoords": "offset points"}
+        axes.annotate(visible(reference_label), (reference, 1), ha="center", color=_COLOURS["soft"], **above)
+        axes.margins(0.12)
+    return chart.svg()
+
+
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
     size = -(-len(points) // _MAX_POINTS)
     chunks = [points[start : start + size] for start in range(0, len(points), size)]

@@ -56,7 +56,11 @@ def as_json(result: EvaluationResult) -> str:
 def read_runs(result: EvaluationResult, runs: Sequence[str | os.PathLike[str]]) -> list[tuple[str, Curves]]:
     """The curves of the runs, under the names that the speculators have where there is one run for each."""
     if not runs:
-        found = {drafter.label: find_run(drafter.path) for drafter in result.speculators if drafter.path is not None}
+        found = {
+            drafter.label: find_run(drafter.path)
+            for drafter in result.speculators
+            if drafter.path is not None and drafter.lossy_rule is None
+        }
         return [(label, read_curves(run)) for label, run in found.items() if run is not None]
     if len(runs) == len(result.speculators):
         return [(drafter.label, read_curves(run)) for drafter, run in zip(result.speculators, runs, strict=True)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from verl_speculator.evaluation.results import DrafterResult, EvaluationResult
-from verl_speculator.reports.writing import between, count, fixed, milliseconds, percent, times, visible
+from verl_speculator.reports.writing import NONE, between, count, fixed, milliseconds, percent, times, visible
 
 if TYPE_CHECKING:
     from verl_speculator.decoding import Interval
@@ -51,6 +51,7 @@ def comparison_rows(result: EvaluationResult) -> list[Row]:
         row("tokens per target forward", lambda d: Cell(fixed(d.tokens_per_round.mean), interval(d.tokens_per_round))),
         *(row(f"accepted up to token {i + 1}", _position(i)) for i in range(widest)),
         row("identical outputs", _identical),
+        *_lossy_rows(columns, row),
         row("target forwards saved", lambda d: Cell(percent(d.target_forwards_saved, 1), _forwards(d))),
         row("speed-up, measured", lambda d: Cell(times(d.speedup.median), _spread(d))),
         row("speed-up, predicted", lambda d: Cell(times(d.speedup_predicted))),
@@ -72,7 +73,24 @@ def _position(index: int) -> Callable[[DrafterResult], Cell]:
     return cell
 
 
+def _lossy_rows(
+    columns: Sequence[DrafterResult], row: Callable[[str, Callable[[DrafterResult], Cell]], Row]
+) -> list[Row]:
+    """Where a rule was at work, and where accuracy was asked for."""
+    rows = []
+    if any(drafter.lossy_rule is not None for drafter in columns):
+        rows.append(row("accepted mismatches (lossy)", lambda d: Cell(count(d.num_lossy_accepted))))
+        rows.append(row("tokens per target call", lambda d: Cell(fixed(d.tokens_per_target_call))))
+    if any(drafter.accuracy is not None for drafter in columns):
+        rows.append(row("accuracy", lambda d: Cell(percent(d.accuracy, 1), f"{d.num_unanswered} without answer")))
+    return rows
+
+
 def _identical(drafter: DrafterResult) -> Cell:
+    if drafter.lossy_rule is not None:
+        return Cell(
+            "lossy", NONE if drafter.num_identical is None else f"{drafter.num_identical} of {len(drafter.prompts)}"
+        )
     if drafter.identical_outputs is None:
         return Cell("not compared", "sampled")
     return Cell("yes" if drafter.identical_outputs else "no", f"{drafter.num_identical} of {len(drafter.prompts)}")

@@ -1,0 +1,78 @@
+"""What the experiment does in its budgets. Every number that decides a stage's result is here, and keys its marker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from examples.scorer.world import ModelSettings, WorldSettings
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    num_drafts: int = 5
+    max_new_tokens: int = 48
+    batch_size: int = 500
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    num_epochs: int = 30
+    inner_dim: int = 128
+    harm_weight: float = 3.0
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """The bound is one point of accuracy, at 95 % one-sided, on the questions of the test set."""
+
+    accuracy_bound: float = 0.01
+    num_oracle: int = 200
+    rules: tuple[str, ...] = ("accept-all", "random", "probability", "top-k", "kl", "margin", "entropy")
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What the world must be like, or nothing could be learned from the experiment."""
+
+    most_auc: float = 0.9
+    least_oracle_gain: float = 0.3
+    least_accuracy: float = 0.8
+    most_accuracy: float = 0.97
+
+
+@dataclass(frozen=True)
+class Budget:
+    world: WorldSettings = field(default_factory=WorldSettings)
+    decoding: DecodingSettings = field(default_factory=DecodingSettings)
+    head: HeadSettings = field(default_factory=HeadSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    gates: GateSettings = field(default_factory=GateSettings)
+
+
+BUDGETS = {
+    "full": Budget(),
+    "demo": Budget(
+        world=WorldSettings(
+            target=ModelSettings(96, 3, 1200, batch_size=48),
+            draft=ModelSettings(32, 2, 500, batch_size=48),
+            num_train=2000,
+            num_validation=600,
+            num_test=2000,
+        ),
+        head=HeadSettings(num_epochs=20),
+    ),
+    # The machinery alone: its models are wrong about everything.
+    "small": Budget(
+        world=WorldSettings(
+            target=ModelSettings(32, 1, 6, batch_size=8),
+            draft=ModelSettings(16, 1, 4, batch_size=8),
+            num_train=24,
+            num_validation=16,
+            num_test=16,
+        ),
+        head=HeadSettings(num_epochs=2, inner_dim=8),
+        decoding=DecodingSettings(max_new_tokens=16, batch_size=24),
+        evaluation=EvaluationSettings(accuracy_bound=0.5, num_oracle=4, rules=("accept-all", "probability")),
+        gates=GateSettings(most_auc=2, least_oracle_gain=-1, least_accuracy=0, most_accuracy=1),
+    ),
+}

@@ -1,0 +1,246 @@
+"""A small world of sums in words, made on the spot, in which some mismatches are harmless and others are not.
+
+    question  x 4 a plus 7 b minus 3 c times 2 ?
+    answer    stepwise then a add 7 gives 1 ; b less 3 makes 8 next c doubling 2 yields 6 so answer is 6
+
+All is modulo 10. What makes it a world for a scorer:
+
+- **Phrasing.** Most words have synonyms, and which one is liked depends on the number at hand. The target and the draft
+  have different likings, so they differ often, without harm, and the target may think little of the draft's word.
+- **Harm that looks harmless.** A solution may be `briefly` told, two steps at a time, which is harder to get right; and
+  some solutions `skip` a step, which makes them wrong. The target has seen both, so neither is improbable to it; the
+  draft, which has seen more of them, proposes them. Wrong numbers come on top.
+- **Registers.** A `loosely` told solution uses casual words throughout, which draft and target agree on: who lets it
+  pass once is repaid in the rest of the answer. That is visible in whole answers only.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+Speaker = Literal["target", "draft"]
+
+OPERATIONS = ("plus", "minus", "times")
+LABELS = "abcde"
+SYNONYMS = {
+    "opener": ("then", "next", "now", "further", "moving", "onward"),
+    "plus": ("add", "adding", "put", "join", "raise", "include"),
+    "minus": ("less", "subtract", "drop", "remove", "lower", "take"),
+    "times": ("multiply", "scale", "fold", "repeat", "stretch", "product"),
+    "result": ("gives", "makes", "yields", "leaves", "becomes", "reaching"),
+    "closing": ("so", "hence", "thus", "finally", "therefore", "overall"),
+}
+CASUAL = {slot: words[-2:] for slot, words in SYNONYMS.items()}
+STYLES = ("stepwise", "briefly", "loosely")
+# How much words are liked, the favourite first: the tail is where the draft's words are improbable to the target.
+LIKINGS = (0.60, 0.20, 0.10, 0.06, 0.025, 0.015)
+PAD, END = "<pad>", "<end>"
+VOCABULARY = (
+    PAD,
+    END,
+    *map(str, range(10)),
+    *LABELS,
+    "x",
+    "?",
+    *OPERATIONS,
+    *STYLES,
+    "skip",
+    "answer",
+    "is",
+    *sorted({word for words in SYNONYMS.values() for word in words}),
+)
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }} "
+    "{% if message['role'] == 'assistant' %}<end>{% endif %}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    start: int
+    steps: tuple[tuple[str, int], ...]
+
+    @property
+    def text(self) -> str:
+        steps = " ".join(f"{label} {op} {number}" for label, (op, number) in zip(LABELS, self.steps, strict=False))
+        return f"x {self.start} {steps} ?"
+
+    @property
+    def answer(self) -> int:
+        value = self.start
+        for op, number in self.steps:
+            value = apply(op, value, number)
+        return value
+
+
+def apply(op: str, value: int, number: int) -> int:
+    return {"plus": value + number, "minus": value - number, "times": value * number}[op] % 10
+
+
+def problems(count: int, seed: int, least_steps: int = 3, most_steps: int = 5) -> Iterator[Problem]:
+    generator = random.Random(seed)
+    for _ in range(count):
+        steps = tuple(
+            (generator.choice(OPERATIONS), generator.randrange(10))
+            for _ in range(generator.randint(least_steps, most_steps))
+        )
+        yield Problem(generator.randrange(10), steps)
+
+
+class Tongue:
+    """How one of the two speaks: likings by slot and number at hand, and how often it is brief, loose or sloppy."""
+
+    def __init__(self, speaker: Speaker) -> None:
+        common, own = random.Random("likings"), random.Random(speaker)
+        self.likings: dict[tuple[str, int], list[str]] = {}
+        for slot, words in SYNONYMS.items():
+            for number in range(10):
+                liked = common.sample(words, len(words))
+                differs = common.random() < 0.6
+                self.likings[slot, number] = own.sample(words, len(words)) if differs else liked
+        # The favourite style depends on the first number, as the draft's must differ from the target's only sometimes.
+        self.styles = {"target": (0.60, 0.22, 0.18), "draft": (0.42, 0.28, 0.30)}[speaker]
+        self.skips = {"target": 0.05, "draft": 0.12}[speaker]
+
+    def solve(self, problem: Problem, generator: random.Random) -> list[str]:
+        weights = list(self.styles)
+        favourite = (problem.start * 7 + len(problem.steps)) % 3
+        weights[favourite] += 0.25
+        style = generator.choices(STYLES, weights)[0]
+        words, value = [style], problem.start
+
+        def say(slot: str) -> str:
+            if style == "loosely":
+                return CASUAL[slot][value % 2] if generator.random() < 0.93 else generator.choice(SYNONYMS[slot])
+            return generator.choices(self.likings[slot, value], LIKINGS)[0]
+
+        pending = 0
+        for index, (op, number) in enumerate(problem.steps):
+            label = LABELS[index]
+            # After a 3 or a 7 solvers get sloppy.
+            if generator.random() < self.skips * (3 if value in (3, 7) else 0.5):
+                words += [say("opener"), "skip", label]
+                continue
+            value = apply(op, value, number)
+            pending += 1
+            if style == "briefly" and pending < 2 and index + 1 < len(problem.steps):
+                continue
+            pending = 0
+            if style == "briefly":
+                words += [label, say("result"), str(value)]
+            else:
+                words += [say("opener"), label, say(op), str(number), say("result"), str(value)]
+        return [*words, say("closing"), "answer", "is", str(value), END]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: index for index, word in enumerate(VOCABULARY)}, unk_token=PAD))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=END)
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Sizes of a Llama, and how long it learns."""
+
+    hidden_size: int
+    num_layers: int
+    num_steps: int
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    num_heads: int = 4
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    target: ModelSettings = field(default_factory=lambda: ModelSettings(160, 4, 1500))
+    draft: ModelSettings = field(default_factory=lambda: ModelSettings(48, 2, 600))
+    num_train: int = 8000
+    num_validation: int = 1000
+    num_test: int = 4000
+    seed: int = 0
+
+
+def train_model(speaker: Speaker, settings: ModelSettings, folder: Path, seed: int, report: object = None) -> float:
+    """Train on fresh solutions in the speaker's tongue and save a Hugging Face folder; the last loss."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=len(VOCABULARY),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.hidden_size * 5 // 2,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_heads,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=settings.hidden_size**-0.5,
+        pad_token_id=VOCABULARY.index(PAD),
+        eos_token_id=VOCABULARY.index(END),
+        bos_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.num_steps, pct_start=0.08
+    )
+    tongue, generator = Tongue(speaker), random.Random(seed)
+    ids = {word: index for index, word in enumerate(VOCABULARY)}
+    stream = problems(settings.num_steps * settings.batch_size, seed + 1_000_000)
+    loss = torch.tensor(0.0)
+    for step in range(settings.num_steps):
+        rows, prompts = [], []
+        for _ in range(settings.batch_size):
+            problem = next(stream)
+            prompt = problem.text.split()
+            rows.append([ids[word] for word in (*prompt, *tongue.solve(problem, generator))])
+            prompts.append(len(prompt))
+        input_ids, labels = _padded(rows, prompts)
+        mask = (input_ids != 0).long()
+        loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if callable(report) and step % 20 == 0:
+            report(f"{speaker}: step {step}, loss {loss.item():.3f}")
+    model.generation_config.eos_token_id = config.eos_token_id
+    model.eval().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return loss.item()
+
+
+def _padded(rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(map(len, rows))
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    labels = torch.full((len(rows), width), -100)
+    for row, (tokens, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        input_ids[row, : len(tokens)] = torch.tensor(tokens)
+        labels[row, prompt : len(tokens)] = torch.tensor(tokens[prompt:])
+    return input_ids, labels
+
+
+def write_questions(file: Path, count: int, seed: int) -> None:
+    """Chats of one question each, and their answers in a column of their own."""
+    found = list(problems(count, seed))
+    table = pa.table(
+        {
+            "messages": [[{"role": "user", "content": problem.text}] for problem in found],
+            "answer": [str(problem.answer) for problem in found],
+        }
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file)
