@@ -179,9 +179,11 @@ def main(world: Path) -> dict[str, Any]:
         report[name] = result
         engine.close()
     report["lora"] = {name: lora_answers(world, sources.get(name), greedy) for name in ("none", "lstm")}
-    engine = Engine(world, sources["lstm"], dtype="bfloat16")
-    report["bfloat16"] = {"sampled": sampled_sequences(engine, prompts[1]), "counters": engine.counters()}
-    engine.close()
+    report["bfloat16"] = {}
+    for name in ("none", "lstm"):
+        engine = Engine(world, sources.get(name), dtype="bfloat16")
+        report["bfloat16"] |= {name: sampled_sequences(engine, prompts[1]), "counters": engine.counters()}
+        engine.close()
     engine = Engine(world, sources["lstm"], enforce_eager=False)
     report["compiled"] = {
         "greedy": engine.generate(greedy),

@@ -140,17 +140,14 @@ def test_compiled_base_and_speculator(report) -> None:
     assert compiled["counters"] == report["lstm"]["counters"]
 
 
-@pytest.mark.parametrize("name", ["mlp", "lstm", "bfloat16"])
+@pytest.mark.parametrize("name", ["mlp", "lstm"])
 def test_sampled_tokens_have_the_base_models_distribution(name: str, report, world) -> None:
     """Pearson's test of whole sequences against their exact probabilities, at five standard deviations."""
-    exact = exact_distribution(world, json.loads((world / "prompts.json").read_text())[1], name)
+    exact = exact_distribution(world, json.loads((world / "prompts.json").read_text())[1])
     drawn = Counter(tuple(sequence) for sequence in report[name]["sampled"])
     total = sum(drawn.values())
-    # In bfloat16 two tokens can be so close that another one comes third.
-    strange = sum(count for sequence, count in drawn.items() if sequence not in exact)
-    assert strange <= (0.05 * total if name == "bfloat16" else 0), "a sequence that top-k excludes was sampled"
-    counters = report[name].get("counters_sampled", report[name]["counters"])
-    assert counters["num_accepted_tokens"] > 0.05 * total, "drafts are accepted here"
+    assert set(drawn) <= set(exact), "a sequence that top-k excludes was sampled"
+    assert report[name]["counters_sampled"]["num_accepted_tokens"] > 0.05 * total, "drafts are accepted here"
     common = [sequence for sequence, p in exact.items() if p * total >= 5]
     rest = total - sum(drawn[sequence] for sequence in common)
     rest_expected = total - sum(exact[sequence] * total for sequence in common)
@@ -161,20 +158,31 @@ def test_sampled_tokens_have_the_base_models_distribution(name: str, report, wor
     assert statistic < freedom + 5 * math.sqrt(2 * freedom)
 
 
-def exact_distribution(world: Path, prompt: list[int], name: str) -> dict[tuple[int, ...], float]:
+def test_in_bfloat16_the_distribution_is_that_without_a_speculator(report) -> None:
+    """Pearson's test of two samples of the same size; where tokens are so close, no third party's numbers tell more."""
+    with_drafts, without = (Counter(map(tuple, report["bfloat16"][name])) for name in ("lstm", "none"))
+    assert report["bfloat16"]["counters"]["num_accepted_tokens"] > 0.05 * with_drafts.total()
+    both = with_drafts + without
+    cells = [(with_drafts[sequence], without[sequence]) for sequence, count in both.items() if count >= 10]
+    cells.append((with_drafts.total() - sum(a for a, _ in cells), without.total() - sum(b for _, b in cells)))
+    statistic = sum((a - b) ** 2 / (a + b) for a, b in cells if a + b)
+    freedom = len(cells) - 1
+    assert freedom >= 8
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def exact_distribution(world: Path, prompt: list[int]) -> dict[tuple[int, ...], float]:
     import torch
     from transformers import AutoModelForCausalLM
 
     from tests.integration import serving_sampling as sampling
 
-    base = AutoModelForCausalLM.from_pretrained(
-        world / "base", dtype=torch.bfloat16 if name == "bfloat16" else torch.float32
-    ).eval()
+    base = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32).eval()
     found: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(sampling.TOKENS):
         sequences = list(found)
         with torch.no_grad():
-            logits = base(torch.tensor([prompt + list(sequence) for sequence in sequences])).logits[:, -1].float()
+            logits = base(torch.tensor([prompt + list(sequence) for sequence in sequences])).logits[:, -1]
         values, tokens = (logits / sampling.TEMPERATURE).topk(sampling.TOP_K)
         probabilities = values.softmax(-1)
         found = {
@@ -237,8 +245,8 @@ def test_mixed_requests_with_little_memory(world) -> None:
     run_script("serving_mixed.py", world, world / "mixed.json")
     report = json.loads((world / "mixed.json").read_text())
     plain, drafted = report["none"], report["lstm"]
-    assert plain["preemptions"] > 10
-    assert drafted["preemptions"] > 10
+    assert plain["preemptions"] >= 5
+    assert drafted["preemptions"] >= 5
     assert drafted["counters"]["num_accepted_tokens"] > 500
     assert plain["tokens"].keys() == drafted["tokens"].keys()
     for name, tokens in plain["tokens"].items():
