@@ -68,6 +68,7 @@ _PATHS = (
     "reward.reward_kwargs.step_reward_path",
     "trainer.resume_from_path",
 )
+_UNUSED_MODEL_KEYS = ("use_liger", "use_fused_kernels", "enable_activation_offload", "lora_adapter_path")
 _ESTIMATORS = ("grpo", "grpo_passk", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo")
 
 
@@ -281,6 +282,9 @@ def _check_values(config: DictConfig) -> None:
         raise ConfigError("actor.fsdp_config.param_offload and optimizer_offload must be false: the target decodes")
     if actor.ulysses_sequence_parallel_size > 1:
         raise ConfigError("actor.ulysses_sequence_parallel_size must be 1 for a scorer")
+    for key in _UNUSED_MODEL_KEYS:
+        if config.actor_rollout_ref.model[key]:
+            raise ConfigError(f"model.{key} is not for a scorer, whose target is frozen: leave it out")
     if config.data.train_batch_size % actor.ppo_mini_batch_size:
         raise ConfigError(
             f"actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} must divide "
