@@ -60,17 +60,15 @@ def runs(world, base_model):
         "trainer.save_freq=1",
     ]
     on_windows = [*shared, "actor.use_kl_loss=true", "actor.entropy_coeff=0.01", "trainer.total_training_steps=3"]
-    closed_loop = ["rollout.closed_loop=true", f"rollout.draft_model_path={draft}", "rollout.num_draft_tokens=3"]
-    windows_run = [*on_windows, f"trainer.default_local_dir={folder}/whole", "trainer.test_freq=3"]
-    answers_run = [
-        *shared,
-        *closed_loop,
-        f"trainer.default_local_dir={folder}/closed",
-        "trainer.total_training_steps=2",
+    resumed = [
+        "trainer.resume_mode=resume_path",
+        f"trainer.resume_from_path={folder}/whole/global_step_2",
     ]
+    closed_loop = ["rollout.closed_loop=true", f"rollout.draft_model_path={draft}", "rollout.num_draft_tokens=3"]
     all_runs = [
-        {"overrides": windows_run, "again": [2, f"{folder}/resumed"]},
-        {"overrides": answers_run, "again": None},
+        [*on_windows, f"trainer.default_local_dir={folder}/whole", "trainer.test_freq=3"],
+        [*on_windows, f"trainer.default_local_dir={folder}/resumed", *resumed],
+        [*shared, *closed_loop, f"trainer.default_local_dir={folder}/closed", "trainer.total_training_steps=2"],
     ]
     (folder / "runs.json").write_text(json.dumps(all_runs))
     result = run_process(
@@ -78,7 +76,7 @@ def runs(world, base_model):
         RAY_USAGE_STATS_ENABLED="0",
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-8000:]
-    return folder
+    return folder, result.stdout
 
 
 def curves(folder: Path) -> dict[int, dict[str, float]]:
@@ -91,10 +89,13 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def test_three_steps_change_the_head_and_log_what_they_did(runs):
-    logged = curves(runs / "whole")
+    folder, _ = runs
+    logged = curves(folder / "whole")
 
     assert sorted(logged) == [1, 2, 3]
-    assert not torch.equal(weights(runs / "whole", 1)["head.out.weight"], weights(runs / "whole", 3)["head.out.weight"])
+    assert not torch.equal(
+        weights(folder / "whole", 1)["head.out.weight"], weights(folder / "whole", 3)["head.out.weight"]
+    )
     for metrics in logged.values():
         assert 0 < metrics["scorer/mismatch_accept_rate"] < 1
         assert metrics["scorer/accuracy"] <= metrics["scorer/strict_accuracy"] == 1
@@ -109,21 +110,23 @@ def test_three_steps_change_the_head_and_log_what_they_did(runs):
 
 
 def test_a_resumed_run_goes_on_exactly(runs):
-    whole, resumed = (weights(runs / name, 3) for name in ("whole", "resumed"))
+    folder, _ = runs
+    whole, resumed = (weights(folder / name, 3) for name in ("whole", "resumed"))
 
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    states = [(runs / name / "global_step_3" / "scorer_state.json").read_text() for name in ("whole", "resumed")]
+    states = [(folder / name / "global_step_3" / "scorer_state.json").read_text() for name in ("whole", "resumed")]
     assert states[0] == states[1]
-    one, other = curves(runs / "whole")[3], curves(runs / "resumed")[3]
+    one, other = curves(folder / "whole")[3], curves(folder / "resumed")[3]
     assert one["scorer/reward"] == other["scorer/reward"]
 
 
 def test_whole_answers_train_the_head_that_decodes(runs, base_model):
-    logged = curves(runs / "closed")
+    folder, _ = runs
+    logged = curves(folder / "closed")
 
     assert sorted(logged) == [1, 2]
     assert logged[1]["scorer/mismatch_accept_rate"] == pytest.approx(0.5, abs=0.3)
     assert logged[1]["scorer/cost_price"] > 0
     assert logged[2]["training/rollout_probs_diff_max"] < 1e-5
-    actor = AutoModelForSPDScoring.from_pretrained(runs / "closed/global_step_2/actor/scorer", str(base_model))
+    actor = AutoModelForSPDScoring.from_pretrained(folder / "closed/global_step_2/actor/scorer", str(base_model))
     assert actor.head.out.weight.abs().max() > 0
