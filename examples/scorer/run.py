@@ -135,6 +135,7 @@ class Experiment:
                 "trainer.total_epochs=1000",
                 f"trainer.total_training_steps={steps}",
                 "trainer.test_freq=-1",
+                f"trainer.save_freq={steps}",
                 f"trainer.default_local_dir={hydra_path(run)}",
             ]
             self._run("train", [*common, *more], progress, name=name, describe=training_step)
