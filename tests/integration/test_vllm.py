@@ -399,7 +399,7 @@ def test_load_test_of_a_running_server(server, world, tmp_path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "verl_speculator.cli", "bench", "--base", str(world / "base"), "--data", str(chats),
          *load, "--output", str(tmp_path / "load")],
-        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        env=environment(), capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (measured,) = json.loads((tmp_path / "load" / "load.json").read_text())["results"]
