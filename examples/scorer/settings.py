@@ -66,8 +66,8 @@ BUDGETS = {
     "full": Budget(),
     "demo": Budget(
         world=WorldSettings(
-            target=ModelSettings(96, 3, 1200, batch_size=48),
-            draft=ModelSettings(32, 2, 500, batch_size=48),
+            target=ModelSettings(64, 3, 1500, batch_size=48, stop_at=0.86),
+            draft=ModelSettings(48, 2, 500, batch_size=48),
             num_train=2000,
             num_validation=600,
             num_test=2000,

@@ -111,6 +111,8 @@ class SPDScorerEngine(FSDPEngineWithLMHead):
                     }
                 )
                 actor = AutoModelForSPDScoring.from_config(scoring_config, self.target.model)
+        if actor.scoring_config.lora_rank and config.enable_gradient_checkpointing:
+            actor.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.actor = actor.float() if dtype == torch.float32 else actor
         self.start_state = _copy(actor.trained_state())
         self.threshold = actor.scoring_config.threshold

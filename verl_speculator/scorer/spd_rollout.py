@@ -271,10 +271,12 @@ class SPDRollout:
         prompts = [window.input_ids[: window.prompt_length] for window in windows]
         temperature, threshold = self._rollout.temperature, self._client.controllers.threshold
         answers = self._client.play_answers(prompts, temperature, threshold, seed)
+        decisions = (decision for answer in answers for decision in answer.decisions)
+        dtype = next((decision.features.dtype for decision in decisions), torch.float32)
         return [
             Sample(
                 prompt=row,
-                sequences=answer_sequences(prompt, answer, self._scoring, temperature),
+                sequences=answer_sequences(prompt, answer, self._scoring, temperature, dtype),
                 answer=answer.tokens,
                 episode={
                     "correct": False,
@@ -347,17 +349,22 @@ class SPDRollout:
 
 
 def answer_sequences(
-    prompt: list[int], answer: PlayedAnswer, config: ScoringModelConfig, temperature: float
+    prompt: list[int],
+    answer: PlayedAnswer,
+    config: ScoringModelConfig,
+    temperature: float,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Actions]:
     """The decisions of an answer as sequences: one with features; with LoRA one for each round that decided.
 
-    An answer without decisions is one forced action that does not count: its reward is part of the group's mean.
+    An answer without decisions is one forced action that does not count: its reward is part of the group's mean. Its
+    features are zeros of the type `dtype` that those of other answers have.
     """
     one = torch.ones(1, dtype=torch.long)
     accepts = torch.tensor([int(decision.accepted) for decision in answer.decisions])
     scores = (torch.tensor([decision.log_odds for decision in answer.decisions]) / temperature).sigmoid()
     if not answer.decisions:
-        inputs = {"features": torch.zeros(config.num_features)}
+        inputs = {"features": torch.zeros(config.num_features, dtype=dtype)}
         if config.lora_rank:
             inputs = {"target_ids": one, "scalars": torch.zeros(len(config.scalars))}
         return [Actions(one, 0 * one, torch.ones(1), prompt, inputs, one)]

@@ -56,6 +56,19 @@ _OPEN_SECTIONS = (
 )
 # Of verl's rollout section the training of a scorer reads these; the others are of a server that it does not have.
 _ROLLOUT_KEYS = ("name", "nnodes", "n", "temperature", "seed", "val_kwargs", "custom", "calculate_log_probs", "agent")
+# Ray's workers may stand elsewhere.
+_PATHS = (
+    "data.train_files",
+    "data.val_files",
+    f"{ROLLOUT_SECTION}.target_model_path",
+    f"{ROLLOUT_SECTION}.draft_model_path",
+    f"{_ACTOR}.model.path",
+    f"{_ACTOR}.model.scorer.path",
+    "reward.custom_reward_function.path",
+    "reward.reward_kwargs.step_reward_path",
+    "trainer.resume_from_path",
+)
+_UNUSED_MODEL_KEYS = ("use_liger", "use_fused_kernels", "enable_activation_offload", "lora_adapter_path")
 _ESTIMATORS = ("grpo", "grpo_passk", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo")
 
 
@@ -207,12 +220,24 @@ def _fill_in(config: DictConfig) -> None:
         trainer.device = trainer.device or ("cpu" if accelerator is None or on_cpu else accelerator.type)
         if trainer.n_gpus_per_node is None:
             trainer.n_gpus_per_node = 1 if on_cpu else torch.accelerator.device_count()
+        for key in _PATHS:
+            value = OmegaConf.select(config, key)
+            if value is not None:
+                OmegaConf.update(
+                    config, key, [*map(_absolute, value)] if OmegaConf.is_list(value) else _absolute(value)
+                )
         trainer.default_local_dir = os.path.abspath(os.path.expanduser(trainer.default_local_dir))
         if on_cpu and "RAY_ADDRESS" not in os.environ:
             # verl asks for a GPU a worker; its other processes count as a CPU each, and mostly wait.
             ray_init = config.ray_kwargs.ray_init
             ray_init.num_gpus = trainer.n_gpus_per_node
             ray_init.num_cpus = ray_init.num_cpus or max(os.cpu_count() or 1, trainer.n_gpus_per_node + 8)
+
+
+def _absolute(path: str) -> str:
+    # What is not there may be a name on the hub, or of a module.
+    expanded = os.path.expanduser(path)
+    return os.path.abspath(expanded) if os.path.exists(expanded) else path
 
 
 def check_run(config: DictConfig) -> None:
@@ -257,6 +282,9 @@ def _check_values(config: DictConfig) -> None:
         raise ConfigError("actor.fsdp_config.param_offload and optimizer_offload must be false: the target decodes")
     if actor.ulysses_sequence_parallel_size > 1:
         raise ConfigError("actor.ulysses_sequence_parallel_size must be 1 for a scorer")
+    for key in _UNUSED_MODEL_KEYS:
+        if config.actor_rollout_ref.model[key]:
+            raise ConfigError(f"model.{key} is not for a scorer, whose target is frozen: leave it out")
     if config.data.train_batch_size % actor.ppo_mini_batch_size:
         raise ConfigError(
             f"actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} must divide "

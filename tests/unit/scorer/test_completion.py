@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from verl_speculator.base_model.settings import LoadSettings
 from verl_speculator.errors import DataError
-from verl_speculator.scorer.completion import Completions
+from verl_speculator.scorer.completion import Completions, CompletionServer
+from verl_speculator.scorer.settings import CompletionSettings, RolloutSettings
 
 STOP = 9
 
@@ -42,3 +44,21 @@ def test_answers_that_have_ended_or_are_full_are_left_as_they_are():
 def test_a_text_shorter_than_its_prompt_is_refused():
     with pytest.raises(DataError, match="2 tokens is shorter than its prompt of 3"):
         Completions(Finisher(), frozenset(), 4).answers([[1, 2]], [3])
+
+
+def test_the_server_says_what_the_target_would(base_model):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    settings = RolloutSettings(str(base_model), max_new_tokens=6, completion=CompletionSettings(batch_size=2))
+    server = CompletionServer(settings, LoadSettings(dtype="float32", device="cpu"))
+    texts = [[40, 41, 42], [7, 300], [9, 9, 9, 9, 9]]
+
+    found = server.complete(texts)
+
+    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    for text, answer in zip(texts, found, strict=True):
+        written = model.generate(
+            torch.tensor([text]), max_new_tokens=6, do_sample=False, eos_token_id=[*server.stop_tokens()]
+        )
+        assert answer == written[0, len(text) :].tolist()

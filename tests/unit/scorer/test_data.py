@@ -12,7 +12,7 @@ from verl_speculator.decoding import NgramDrafter, generate
 from verl_speculator.errors import DataError, MissingFileError
 from verl_speculator.scorer.answers import AnswerCheck
 from verl_speculator.scorer.config import DRAFT_SCALARS, SCALARS
-from verl_speculator.scorer.data import collect_windows
+from verl_speculator.scorer.data import collect_windows, load_drafter
 from verl_speculator.scorer.labels import Oracle, mine_labels
 from verl_speculator.scorer.windows import UNKNOWN, read_windows, write_windows
 
@@ -189,3 +189,9 @@ def test_the_oracle_saves_calls_and_never_changes_an_answer(target, drafter, que
         ids = torch.tensor([question.tokens])
         plain = generate(target.model, ids, max_new_tokens=NEW, eos_token_id=target.stop_tokens)
         assert tokens == plain.tokens[0]
+
+
+def test_draft_and_target_are_one_copy_where_they_are_one_folder(target, tmp_path):
+    drafter = load_drafter(str(tmp_path), str(tmp_path / "." / ""), target, 2)
+
+    assert drafter.model is target.model

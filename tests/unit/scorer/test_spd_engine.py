@@ -186,6 +186,24 @@ def test_grpos_gradient_is_that_of_the_exact_table(engine, request):
     assert found["out.weight"].abs().max() > 1e-4
 
 
+def test_lora_learns_and_gradient_checkpointing_changes_nothing(lora_engine, stirred):
+    engine, backbone = stirred(lora_engine), lora_engine.actor.backbone
+    batch = batch_of([actions_of(engine, one) for one in ((0,), (1, 0), (1, 1))], [0.2, 1.0, -0.7])
+    gradients = []
+    for switch in (backbone.gradient_checkpointing_disable, backbone.gradient_checkpointing_enable):
+        switch()
+        engine.module.train()
+        engine.optimizer_zero_grad()
+        engine.forward_backward_batch(batch, loss_function(), forward_only=False)
+        gradients.append({name: one.grad.clone() for name, one in engine.trained.items()})
+
+    lora = [name for name in gradients[0] if "lora_" in name]
+    assert lora
+    assert all(gradients[0][name].abs().max() > 0 for name in lora)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
 def test_what_comes_after_a_reject_has_no_weight(engine, stirred):
     engine = stirred(engine)
     gradients = []

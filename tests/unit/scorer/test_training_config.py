@@ -97,6 +97,7 @@ def test_unknown_keys_are_refused_with_the_nearest(settings, override, message):
         ("data.train_files=/nowhere.parquet", "scorer data"),
         ("reward.custom_reward_function.path=/nowhere.py", "there is no file"),
         ("actor.fsdp_config.param_offload=true", "must be false"),
+        ("model.use_liger=true", "is not for a scorer"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_loaded(settings, override, message):
