@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+from verl_speculator.cli.arguments import require_training
+
 PURPOSE = "train a scorer with GRPO on answers (verl)"
 DESCRIPTION = """\
 Train a scorer with verl's GRPO, on the windows of `scorer data`, or on whole answers that it decodes itself:
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    require_training()
     from verl_speculator.scorer.training_config import check_run, load_config
 
     overrides = [*args.overrides, *args.rest]

@@ -85,7 +85,9 @@ def test_mistake_ends_at_once_in_one_line(override, reason, base_model, chat_dat
     assert result.stderr.startswith(f"error: {reason}")
 
 
-@pytest.mark.parametrize("command", [["train"], ["tune", "--output", "search"], ["data", "hidden-states"]], ids=str)
+@pytest.mark.parametrize(
+    "command", [["train"], ["tune", "--output", "search"], ["data", "hidden-states"], ["scorer", "train"]], ids=str
+)
 def test_where_nothing_trains_it_says_what_is_missing(command, monkeypatch, capsys) -> None:
     """As `pip install verl_speculator[vllm]` leaves it."""
     monkeypatch.setattr(cli_arguments, "find_spec", lambda name: None if name == "hydra" else object())
