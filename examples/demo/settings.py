@@ -34,7 +34,7 @@ class SpeculatorSettings:
 class DecodingSettings:
     """Acceptance is measured on many prompts at once, speed on a few, one at a time."""
 
-    num_prompts: int = 40
+    num_prompts: int = 48
     batch_size: int = 16
     num_speed_prompts: int = 4
     max_new_tokens: int = 64

@@ -1,7 +1,7 @@
 """A small world of sums in words, made on the spot, in which some mismatches are harmless and others are not.
 
-    question  x 4 a plus 7 b minus 3 c times 2 ?
-    answer    stepwise then a add 7 gives 1 ; b less 3 makes 8 next c doubling 2 yields 6 so answer is 6
+    question  x 4 a plus 7 b minus 3 c plus 9 ?
+    answer    well stepwise then a 4 plus 7 gives 1 next b 1 minus 3 makes 8 now c 8 plus 9 yields 7 so answer is 7
 
 All is modulo 10. What makes it a world for a scorer:
 
@@ -30,13 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 Speaker = Literal["target", "draft"]
 
-OPERATIONS = ("plus", "minus", "times")
+OPERATIONS = ("plus", "minus")
 LABELS = "abcde"
 SYNONYMS = {
     "opener": ("then", "next", "now", "further", "moving", "onward"),
-    "plus": ("add", "adding", "put", "join", "raise", "include"),
-    "minus": ("less", "subtract", "drop", "remove", "lower", "take"),
-    "times": ("multiply", "scale", "fold", "repeat", "stretch", "product"),
     "result": ("gives", "makes", "yields", "leaves", "becomes", "reaching"),
     "closing": ("so", "hence", "thus", "finally", "therefore", "overall"),
 }
@@ -54,6 +51,7 @@ VOCABULARY = (
     "?",
     *OPERATIONS,
     *STYLES,
+    "well",
     "skip",
     "answer",
     "is",
@@ -84,10 +82,10 @@ class Problem:
 
 
 def apply(op: str, value: int, number: int) -> int:
-    return {"plus": value + number, "minus": value - number, "times": value * number}[op] % 10
+    return (value + number if op == "plus" else value - number) % 10
 
 
-def problems(count: int, seed: int, least_steps: int = 3, most_steps: int = 5) -> Iterator[Problem]:
+def problems(count: int, seed: int, least_steps: int = 2, most_steps: int = 5) -> Iterator[Problem]:
     generator = random.Random(seed)
     for _ in range(count):
         steps = tuple(
@@ -106,41 +104,43 @@ class Tongue:
         for slot, words in SYNONYMS.items():
             for number in range(10):
                 liked = common.sample(words, len(words))
-                differs = common.random() < 0.6
+                differs = common.random() < 0.85
                 self.likings[slot, number] = own.sample(words, len(words)) if differs else liked
-        # The favourite style depends on the first number, as the draft's must differ from the target's only sometimes.
-        self.styles = {"target": (0.60, 0.22, 0.18), "draft": (0.42, 0.28, 0.30)}[speaker]
-        self.skips = {"target": 0.05, "draft": 0.12}[speaker]
+        self.styles = {"target": (0.60, 0.22, 0.18), "draft": (0.34, 0.33, 0.33)}[speaker]
+        # How much more a style is liked that the question's first number suggests.
+        self.whim = {"target": 0.0, "draft": 0.8}[speaker]
+        self.skips = {"target": 0.15, "draft": 0.6}[speaker]
 
     def solve(self, problem: Problem, generator: random.Random) -> list[str]:
         weights = list(self.styles)
-        favourite = (problem.start * 7 + len(problem.steps)) % 3
-        weights[favourite] += 0.25
+        weights[problem.start % 3] += self.whim
         style = generator.choices(STYLES, weights)[0]
-        words, value = [style], problem.start
+        # The first token is the prompt's own forward: no draft takes part in it.
+        words, value = ["well", style], problem.start
 
-        def say(slot: str) -> str:
+        def say(slot: str, number: int) -> str:
             if style == "loosely":
-                return CASUAL[slot][value % 2] if generator.random() < 0.93 else generator.choice(SYNONYMS[slot])
-            return generator.choices(self.likings[slot, value], LIKINGS)[0]
+                return CASUAL[slot][number % 2] if generator.random() < 0.93 else generator.choice(SYNONYMS[slot])
+            return generator.choices(self.likings[slot, number], LIKINGS)[0]
 
         pending = 0
         for index, (op, number) in enumerate(problem.steps):
             label = LABELS[index]
-            # After a 3 or a 7 solvers get sloppy.
-            if generator.random() < self.skips * (3 if value in (3, 7) else 0.5):
-                words += [say("opener"), "skip", label]
+            # After some numbers solvers get sloppy.
+            if value in (3, 7) and generator.random() < self.skips:
+                words += [say("opener", value), "skip", label]
                 continue
-            value = apply(op, value, number)
+            before, value = value, apply(op, value, number)
             pending += 1
             if style == "briefly" and pending < 2 and index + 1 < len(problem.steps):
                 continue
             pending = 0
             if style == "briefly":
-                words += [label, say("result"), str(value)]
+                words += [label, say("result", before), str(value)]
             else:
-                words += [say("opener"), label, say(op), str(number), say("result"), str(value)]
-        return [*words, say("closing"), "answer", "is", str(value), END]
+                # The word before a result tells nothing of it: another one there does no harm.
+                words += [say("opener", before), label, str(before), op, str(number), say("result", before), str(value)]
+        return [*words, say("closing", value), "answer", "is", str(value), END]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -153,7 +153,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Sizes of a Llama, and how long it learns."""
+    """Sizes of a Llama, and how long it learns: `num_steps`, or until it solves the share `stop_at` of held-out sums.
+
+    Sums are learned of a sudden. A target that makes no mistake is sure of every number, and its probability alone then
+    tells a wrong one.
+    """
 
     hidden_size: int
     num_layers: int
@@ -161,12 +165,13 @@ class ModelSettings:
     batch_size: int = 64
     learning_rate: float = 3e-3
     num_heads: int = 4
+    stop_at: float | None = None
 
 
 @dataclass(frozen=True)
 class WorldSettings:
-    target: ModelSettings = field(default_factory=lambda: ModelSettings(160, 4, 1500))
-    draft: ModelSettings = field(default_factory=lambda: ModelSettings(48, 2, 600))
+    target: ModelSettings = field(default_factory=lambda: ModelSettings(160, 4, 3000, stop_at=0.86))
+    draft: ModelSettings = field(default_factory=lambda: ModelSettings(48, 2, 500))
     num_train: int = 8000
     num_validation: int = 1000
     num_test: int = 4000
@@ -199,6 +204,7 @@ def train_model(speaker: Speaker, settings: ModelSettings, folder: Path, seed: i
     tongue, generator = Tongue(speaker), random.Random(seed)
     ids = {word: index for index, word in enumerate(VOCABULARY)}
     stream = problems(settings.num_steps * settings.batch_size, seed + 1_000_000)
+    held_out = _held_out(tongue, seed)
     loss = torch.tensor(0.0)
     for step in range(settings.num_steps):
         rows, prompts = [], []
@@ -217,10 +223,34 @@ def train_model(speaker: Speaker, settings: ModelSettings, folder: Path, seed: i
         schedule.step()
         if callable(report) and step % 20 == 0:
             report(f"{speaker}: step {step}, loss {loss.item():.3f}")
+        if settings.stop_at is not None and step % 20 == 19 and _share_solved(model, *held_out) >= settings.stop_at:
+            break
     model.generation_config.eos_token_id = config.eos_token_id
     model.eval().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return loss.item()
+
+
+def _held_out(tongue: Tongue, seed: int, count: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+    """Complete solutions, step by step, of sums that are not trained."""
+    ids = {word: index for index, word in enumerate(VOCABULARY)}
+    generator, rows, prompts = random.Random(seed), [], []
+    for problem in problems(20 * count, seed + 2_000_000):
+        words = tongue.solve(problem, generator)
+        if words[1] == "stepwise" and "skip" not in words and len(rows) < count:
+            prompt = problem.text.split()
+            rows.append([ids[word] for word in (*prompt, *words)])
+            prompts.append(len(prompt))
+    return _padded(rows, prompts)
+
+
+@torch.no_grad()
+def _share_solved(model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of which solutions every number is what the model thinks most likely."""
+    predicted = model(input_ids=input_ids, attention_mask=(input_ids != 0).long()).logits.argmax(-1)[:, :-1]
+    digits = [VOCABULARY.index(str(digit)) for digit in range(10)]
+    numbers = torch.isin(labels[:, 1:], torch.tensor(digits))
+    return float(((predicted == labels[:, 1:]) | ~numbers).all(dim=1).float().mean())
 
 
 def _padded(rows: Sequence[Sequence[int]], prompts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -44,6 +44,8 @@ class ScoringModelConfig:
         accept_bias: The log odds of accepting that a fresh head starts with.
         temperature: Scores are `sigmoid(z / temperature)`.
         threshold: A mismatch is accepted from this score on.
+        thresholds_by_position: Pairs (place in the answer, threshold): another threshold from that place on. An early
+            error has more time to do harm.
     """
 
     hidden_size: int
@@ -59,6 +61,7 @@ class ScoringModelConfig:
     accept_bias: float = 0.0
     temperature: float = 1.0
     threshold: float = 0.5
+    thresholds_by_position: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("scalars", "target_modules"):
@@ -80,6 +83,12 @@ class ScoringModelConfig:
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold={self.threshold} of a scorer must be between 0 and 1")
         known = (*SCALARS, *DRAFT_SCALARS)
+        pairs = tuple((int(place), float(threshold)) for place, threshold in self.thresholds_by_position)
+        object.__setattr__(self, "thresholds_by_position", pairs)
+        if list(pairs) != sorted(set(pairs)) or any(place < 0 or not 0 <= value <= 1 for place, value in pairs):
+            raise ConfigError(
+                f"thresholds_by_position={list(pairs)} must be pairs (place, threshold from 0 to 1) in ascending order"
+            )
         for name in self.scalars:
             if name not in known:
                 raise ConfigError(f"scalars: {name!r} is none of {', '.join(known)}")

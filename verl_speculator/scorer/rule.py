@@ -20,9 +20,11 @@ class ScorerRule:
     """Accepts a mismatch from a score on: that of one scorer, or the mean of an ensemble's."""
 
     def __init__(self, scorers: ScoringActor | Sequence[ScoringActor], threshold: float | None = None) -> None:
-        """`threshold` None takes the first scorer's own."""
+        """`threshold` None takes the first scorer's own, by the place in the answer where it has several."""
         self.scorers = [scorers] if isinstance(scorers, ScoringActor) else list(scorers)
-        self.threshold = self.scorers[0].scoring_config.threshold if threshold is None else threshold
+        config = self.scorers[0].scoring_config
+        self.threshold = config.threshold if threshold is None else threshold
+        self._by_position = config.thresholds_by_position if threshold is None else ()
 
     @property
     def needs_draft_logits(self) -> bool:
@@ -37,7 +39,11 @@ class ScorerRule:
         return torch.stack([scorer.score_tokens(verification) for scorer in self.scorers]).mean(0)
 
     def accepts(self, verification: Verification) -> Tensor:
-        return self.scores(verification) >= self.threshold
+        positions = verification.positions
+        thresholds = torch.full(positions.shape, self.threshold, device=positions.device)
+        for place, threshold in self._by_position:
+            thresholds = torch.where(positions >= place, threshold, thresholds)
+        return self.scores(verification) >= thresholds
 
 
 def scorer_folders(text: str) -> tuple[list[str], float | None]:

@@ -12,7 +12,7 @@ from verl_speculator.decoding import NgramDrafter, generate
 from verl_speculator.errors import DataError, MissingFileError
 from verl_speculator.scorer.answers import AnswerCheck
 from verl_speculator.scorer.config import DRAFT_SCALARS, SCALARS
-from verl_speculator.scorer.data import collect_windows
+from verl_speculator.scorer.data import collect_windows, load_drafter
 from verl_speculator.scorer.labels import Oracle, mine_labels
 from verl_speculator.scorer.windows import UNKNOWN, read_windows, write_windows
 
@@ -116,19 +116,25 @@ def test_labels_say_what_the_target_makes_of_each_mismatch(target, collected, ch
         text = prefix[window.prompt_length :] + greedy(target, prefix, window.prompt_length + NEW)
         return check.extract(" ".join(str(token) for token in text if token not in target.stop_tokens))
 
-    harmless = harmful = 0
+    harmless = harmful = unknown = 0
     for window in labelled:
-        strict = answer(window, 0)
+        strict, astray = answer(window, 0), False
         for slot in range(len(window.drafts)):
             if slot not in window.mismatches:
                 assert (window.labels[slot], window.correct[slot]) == (UNKNOWN, UNKNOWN)
                 continue
             given = answer(window, slot + 1)
-            assert window.labels[slot] == int(given is not None and given == strict)
             assert window.correct[slot] == int(given == window.answer)
+            if astray:
+                assert window.labels[slot] == UNKNOWN
+                unknown += 1
+                continue
+            assert window.labels[slot] == int(given is not None and given == strict)
             harmless += window.labels[slot]
             harmful += 1 - window.labels[slot]
-    assert (counts.num_harmless, counts.num_harmful) == (harmless, harmful)
+            astray = not window.labels[slot]
+    assert (counts.num_harmless, counts.num_harmful, counts.num_unknown) == (harmless, harmful, unknown)
+    assert unknown
     assert harmless
     assert harmful
 
@@ -183,3 +189,9 @@ def test_the_oracle_saves_calls_and_never_changes_an_answer(target, drafter, que
         ids = torch.tensor([question.tokens])
         plain = generate(target.model, ids, max_new_tokens=NEW, eos_token_id=target.stop_tokens)
         assert tokens == plain.tokens[0]
+
+
+def test_draft_and_target_are_one_copy_where_they_are_one_folder(target, tmp_path):
+    drafter = load_drafter(str(tmp_path), str(tmp_path / "." / ""), target, 2)
+
+    assert drafter.model is target.model

@@ -153,7 +153,9 @@ def test_a_fresh_scorer_is_as_biased_as_it_is_told(target, draft_model, question
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_files_hold_the_scorer_alone_and_give_its_scores_back(target, draft_model, questions, tmp_path, lora_rank):
-    config = ScoringModelConfig(HIDDEN, lora_rank=lora_rank, inner_dim=16, threshold=0.7)
+    config = ScoringModelConfig(
+        HIDDEN, lora_rank=lora_rank, inner_dim=16, threshold=0.7, thresholds_by_position=((4, 0.6),)
+    )
     actor = stirred(AutoModelForSPDScoring.from_config(config, target.model))
     actor.save_pretrained(tmp_path)
 
@@ -238,3 +240,20 @@ def test_an_ensemble_averages(target, draft_model, questions):
     logit = actors[0].score_tokens(verification).logit()
     undecided = verification.mismatches
     torch.testing.assert_close(softened.score_tokens(verification).logit()[undecided], logit[undecided] / 2)
+
+
+def test_thresholds_may_depend_on_the_place(target, draft_model, questions):
+    config = ScoringModelConfig(HIDDEN, threshold=1.0, thresholds_by_position=((3, 0.0), (5, 1.0)))
+    actor = AutoModelForSPDScoring.from_config(config, target.model)
+    rounds, _ = shown(target, draft_model, actor, questions)
+    seen = set()
+
+    for verification, _ in rounds:
+        accepts = ScorerRule(actor).accepts(verification)[verification.mismatches]
+        places = verification.positions[verification.mismatches]
+        assert accepts.tolist() == [3 <= place < 5 for place in places.tolist()]
+        seen |= set(accepts.tolist())
+        assert ScorerRule(actor, threshold=0.0).accepts(verification).all()
+    assert seen == {True, False}
+    with pytest.raises(ConfigError, match="in ascending order"):
+        ScoringModelConfig(3, thresholds_by_position=((5, 0.1), (3, 0.2)))

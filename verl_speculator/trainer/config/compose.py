@@ -313,7 +313,7 @@ def _known_keys_of(search_path: str, engine: str) -> KnownKeys:
 def verl_config_dir() -> Path:
     spec = importlib.util.find_spec("verl")
     if spec is None or spec.origin is None:
-        raise ConfigError("verl is not installed: pip install 'verl>=0.9.1,<0.10'")
+        raise ConfigError("verl is not installed: pip install 'verl_speculator[train]'")
     return Path(spec.origin).parent / "trainer" / "config"
 
 
