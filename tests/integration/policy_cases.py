@@ -142,20 +142,24 @@ def same_everywhere(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
 
 
 def weights(worker: TrainingWorker) -> dict[str, torch.Tensor]:
-    full = {name: tensor.clone() for name, tensor in full_state_dict(worker.engine.speculator_unit).items()}
-    return full
+    """The speculator's, on rank 0."""
+    return {name: tensor.clone() for name, tensor in full_state_dict(worker.engine.speculator_unit).items()}
 
 
 def run_layouts(world: Path, rows: Any, output: Path) -> dict[str, Any]:
-    """Both engines in every layout, over two steps; with dropout, a cap and a pause where the name says so."""
+    """Both engines over two steps: a layout a case, another speculator or objective, or dropout, a cap and a pause."""
     found = {}
-    plain_settings = {"path": str(world / "rnn"), "lr": 1e-2}
-    cases = [(name, name, "qwen2", plain_settings) for name in LAYOUTS]
-    cases += [
-        ("kl", "packed", "qwen2", {**plain_settings, "training": {"objective": "kl"}}),
-        ("eagle3", "packed", "qwen2", {**plain_settings, "path": str(world / "eagle3")}),
-        ("capped", "packed", "dropout", {**plain_settings, "max_tokens_per_step": 9, "every_n_steps": 2}),
-    ]
+    learning = {"path": str(world / "rnn"), "lr": 1e-2}
+    capped = {**learning, "max_tokens_per_step": 9, "every_n_steps": 2}
+    if dist.get_world_size() == 1:
+        cases = [("padded", "padded", "qwen2", learning), ("packed", "packed", "qwen2", learning)]
+    else:
+        cases = [
+            ("dynamic", "dynamic", "qwen2", learning),
+            ("kl", "packed", "qwen2", {**learning, "training": {"objective": "kl"}}),
+            ("eagle3", "packed", "qwen2", {**learning, "path": str(world / "eagle3")}),
+            ("capped", "packed", "dropout", capped),
+        ]
     for name, layout, base, settings in cases:
         shuffle = name == "capped"
         alone = build_worker(PLAIN, world / base, None, **LAYOUTS[layout])
@@ -175,7 +179,9 @@ def run_layouts(world: Path, rows: Any, output: Path) -> dict[str, Any]:
                 for key in ("actor/pg_loss", "actor/entropy_loss", "grad_norm", "loss")
             ),
             "speculator": [{k: v for k, v in one.items() if k.startswith("speculator/")} for one in metrics],
-            "speculator_stood_still": all(torch.equal(speculators[0][key], speculators[1][key]) for key in speculators[0]),
+            "speculator_stood_still": all(
+                torch.equal(speculators[0][key], speculators[1][key]) for key in speculators[0]
+            ),
         }
         if dist.get_rank() == 0:
             save_file(speculators[-1], output / f"{name}.safetensors")
@@ -209,14 +215,14 @@ def run_resume(world: Path, rows: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def refusals(world: Path, rows: Any, folder: Path) -> dict[str, str]:
+def refusals(world: Path, folder: Path) -> dict[str, str]:
     settings = {"path": str(world / "rnn")}
     half = {**FULL, "param_dtype": "fp16"}
     calls = {
         "fused": lambda: build_worker(POLICY_MODEL_TYPE, world / "qwen2", settings, use_fused_kernels=True),
         "fp16": lambda: build_worker(POLICY_MODEL_TYPE, world / "qwen2", settings, mixed_precision=half),
         "no_settings": lambda: build_worker(POLICY_MODEL_TYPE, world / "qwen2", None),
-        "other_base": lambda: build_worker(POLICY_MODEL_TYPE, world / "wide", settings),
+        "other_base": lambda: build_worker(POLICY_MODEL_TYPE, world / "qwen2", {"path": str(world / "foreign")}),
         "training": lambda: build_worker(
             POLICY_MODEL_TYPE, world / "qwen2", {**settings, "training": {"objective": "klx"}}
         ),
@@ -252,9 +258,11 @@ def main() -> None:
     cpu.enable_verl_engines()
     world, output = Path(sys.argv[1]), Path(sys.argv[2])
     rows = torch.load(world / "rollouts.pt", weights_only=True)
-    found = {"layouts": run_layouts(world, rows, output), "resume": run_resume(world, rows, output)}
-    found["refused"] = refusals(world, rows, output) if dist.get_world_size() == 1 else {}
-    found["reference"] = reference_engine(world)
+    found: dict[str, Any] = {"layouts": run_layouts(world, rows, output)}
+    if dist.get_world_size() == 1:
+        found |= {"refused": refusals(world, output), "reference": reference_engine(world)}
+    else:
+        found["resume"] = run_resume(world, rows, output)
     if dist.get_rank() == 0:
         (output / "found.json").write_text(json.dumps(found, default=float))
     dist.destroy_process_group()
