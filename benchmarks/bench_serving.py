@@ -13,7 +13,8 @@ hits both: `speedup` is the median over rounds of the ratio of their times. Outp
 float32, which is checked. A last pass with a synchronisation around each part splits the time of the engine with the
 speculator: `draft_ms` is one call of the drafting, `target_ms` the rest of that step of the model runner.
 
-`draft` times `Speculator.draft` on random input: all heads, one call, whatever the number of tokens accepted.
+`draft` times a step's drafts on random input: all heads, one call, whatever the number of tokens accepted. It counts
+operations too, the calls that compute something: on a GPU each is a kernel, which costs microseconds however small.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 from common import describe_machine, print_table, seconds, synchronize, versions
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 from verl_speculator.data.chats import read_chats
@@ -40,10 +42,12 @@ from verl_speculator.data.prompts import encode_chats
 from verl_speculator.models import (
     ArcticLSTMSpeculator,
     ArcticLSTMSpeculatorConfig,
+    ChainSpeculator,
     MLPSpeculator,
     MLPSpeculatorConfig,
-    Speculator,
 )
+from verl_speculator.serving.draft_loop import DraftLoop
+from verl_speculator.serving.served_chain import ServedChain
 
 SERVE_COLUMNS = (
     *("batch", "plain_seconds_median", "seconds_median", "seconds_min", "seconds_max", "tokens_per_second"),
@@ -51,7 +55,7 @@ SERVE_COLUMNS = (
 )
 DRAFT_COLUMNS = (
     *("kind", "variant", "batch", "heads", "seconds_median", "seconds_min", "seconds_max", "ms_per_call"),
-    *("ms_per_token",),
+    *("ms_per_token", "operations"),
 )
 
 
@@ -65,7 +69,7 @@ def serve_engine(connection: Connection, base: str, speculator: str | None, sett
 
     config = None if speculator is None else {"model": speculator}
     llm = LLM(model=base, speculative_config=config, disable_log_stats=False, enable_prefix_caching=False, **settings)
-    clock = StepClock() if speculator is not None else None
+    clock = StepClock(llm) if speculator is not None else None
     connection.send("ready")
     while (task := connection.recv()) is not None:
         prompts, max_tokens, profile = task
@@ -91,13 +95,19 @@ def spec_counters(llm: Any) -> dict[str, float]:
 class StepClock:
     """Splits the model runner's steps into drafting and the rest, with a synchronisation at each boundary."""
 
-    def __init__(self) -> None:
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    def __init__(self, llm: Any) -> None:
+        runner: Any
+        drafter: Any
+        if llm.llm_engine.vllm_config.use_v2_model_runner:
+            from vllm.v1.worker.gpu.model_runner import GPUModelRunner as runner
 
-        from verl_speculator.serving.proposer import SpeculatorProposer
+            from verl_speculator.serving.v2.speculator import ChainDrafter as drafter
+        else:
+            from vllm.v1.worker.gpu_model_runner import GPUModelRunner as runner
 
-        self.owners = {"draft": (SpeculatorProposer, "propose"), "sample": (GPUModelRunner, "sample_tokens")}
-        self.owners["forward"] = (GPUModelRunner, "execute_model")
+            from verl_speculator.serving.v1.proposer import SpeculatorProposer as drafter
+        self.owners = {"draft": (drafter, "propose"), "sample": (runner, "sample_tokens")}
+        self.owners["forward"] = (runner, "execute_model")
 
     def start(self) -> None:
         self.spent: dict[str, list[float]] = {part: [] for part in self.owners}
@@ -149,6 +159,7 @@ class EngineProcess:
 def bench_serving(args: argparse.Namespace) -> list[dict[str, Any]]:
     settings = {"dtype": args.dtype, "enforce_eager": args.enforce_eager, "max_model_len": args.max_model_len}
     settings["max_num_seqs"] = max(args.batches)
+    settings["gpu_memory_utilization"] = args.gpu_memory_utilization
     plain = EngineProcess(args.base, None, settings)
     drafting = EngineProcess(args.base, args.speculator, settings)
     rows = []
@@ -203,12 +214,24 @@ def make_prompts(args: argparse.Namespace, batch: int) -> list[Any]:
 # draft
 
 
-def make_speculator(kind: str, args: argparse.Namespace) -> Speculator:
+class OperationCounter(TorchDispatchMode):
+    """Counts the calls of operators in its context; views compute nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def make_speculator(kind: str, args: argparse.Namespace) -> ChainSpeculator:
     common: dict[str, Any] = {"input_hidden_dim": args.hidden, "vocab_size": args.vocab, "n_predict": args.heads}
     torch.manual_seed(0)
     with torch.device(args.device):
         if kind == "mlp":
-            speculator: Speculator = MLPSpeculator(MLPSpeculatorConfig(**common, inner_dim=args.width))
+            speculator: ChainSpeculator = MLPSpeculator(MLPSpeculatorConfig(**common, inner_dim=args.width))
         else:
             widths = dict.fromkeys(("inner_dim", "emb_dim", "proj_dim"), args.width)
             config = ArcticLSTMSpeculatorConfig(**common, **widths, method=kind, tie_lstm_embs=kind == "sum_lstm")
@@ -221,25 +244,30 @@ def bench_drafts(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for kind in args.kinds:
         speculator = make_speculator(kind, args)
-        variants = {"loop": speculator.draft}
+        chain = ServedChain(speculator)
+        names = ["loop", "graphs"] if device.type == "cuda" else ["loop"]
+        sizes = (max(args.batches), args.heads, args.hidden, getattr(torch, args.dtype), device)
+        variants = {name: DraftLoop(*sizes).draft_with(chain) for name in names}
         if device.type == "cuda":
-            from verl_speculator.serving.draft_graphs import DraftGraphs
-
-            variants["graphs"] = DraftGraphs(speculator, max(args.batches), args.heads).draft
+            variants["graphs"].capture({args.heads})
+        for loop in variants.values():
+            loop.hidden.normal_()
+            loop.token.random_(args.vocab)
         for batch in args.batches:
-            hidden = torch.randn(batch, args.hidden, device=device, dtype=getattr(torch, args.dtype))
-            token = torch.randint(args.vocab, (batch,), device=device)
+            with torch.inference_mode(), OperationCounter() as operations:
+                speculator.draft(loop.hidden[:batch], loop.token[:batch], args.heads)
             times: dict[str, list[float]] = {name: [] for name in variants}
             for round_number in range(args.rounds + 1):
-                for name, draft in variants.items():
-                    spent = seconds(partial(draft, hidden, token, args.heads), device)
+                for name, loop in variants.items():
+                    with torch.inference_mode():
+                        spent = seconds(partial(loop.run, batch, args.heads), device)
                     if round_number:
                         times[name].append(spent)
-            rows += [draft_row(kind, name, batch, args.heads, spent) for name, spent in times.items()]
+            rows += [draft_row(kind, name, batch, args.heads, spent, operations.count) for name, spent in times.items()]
     return rows
 
 
-def draft_row(kind: str, variant: str, batch: int, heads: int, times: list[float]) -> dict[str, Any]:
+def draft_row(kind: str, variant: str, batch: int, heads: int, times: list[float], operations: int) -> dict[str, Any]:
     median = statistics.median(times)
     return {
         "kind": kind,
@@ -251,6 +279,7 @@ def draft_row(kind: str, variant: str, batch: int, heads: int, times: list[float
         "seconds_max": max(times),
         "ms_per_call": 1e3 * median,
         "ms_per_token": 1e3 * median / heads,
+        "operations": operations,
     }
 
 
@@ -264,6 +293,7 @@ def parse_arguments() -> argparse.Namespace:
     serve.add_argument("--max-tokens", type=int, default=128)
     serve.add_argument("--max-model-len", type=int, default=1024)
     serve.add_argument("--enforce-eager", action="store_true")
+    serve.add_argument("--gpu-memory-utilization", type=float, default=0.45, help="of each of the two engines")
     serve.add_argument("--dtype", default="float32")
     serve.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     serve.add_argument("--rounds", type=int, default=5)

@@ -22,7 +22,7 @@ class SpeculatorSettings:
     n_predict: int = 3
     width: int = 256
     draft_vocab_size: int = 8000
-    num_epochs: int = 6
+    num_epochs: int = 8
     batch_size: int = 16
     max_length: int = 512
     learning_rate: float = 5e-3

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from examples.demo.settings import hydra_path
 from examples.demo.stages import Progress, Stages, bar_progress, run_command
 from examples.scorer.settings import BUDGETS, Budget
 from examples.scorer.world import train_model, write_questions
 
 HEAD, LINEAR = "supervised", "autojudge"
+WINDOWS, ANSWERS = "grpo-windows", "grpo-answers"
 
 
 class Experiment:
@@ -101,6 +104,44 @@ class Experiment:
         self._run("fit", [*common, "--linear", "--output", str(self.scorers / LINEAR)], progress, name="fit-linear")
         return _last(printed)
 
+    def train(self, progress: Progress) -> str:
+        """GRPO twice, each from the head that labels have taught."""
+        settings, decoding = self.budget.grpo, self.budget.decoding
+        closed_loop = [
+            "rollout.closed_loop=true",
+            f"rollout.draft_model_path={hydra_path(self.draft)}",
+            f"rollout.num_draft_tokens={decoding.num_drafts}",
+            f"rollout.max_new_tokens={decoding.max_new_tokens}",
+        ]
+        done = []
+        for name, steps, batch_size, more in (
+            (WINDOWS, settings.window_steps, settings.window_batch_size, []),
+            (ANSWERS, settings.answer_steps, settings.answer_batch_size, closed_loop),
+        ):
+            folder, run = self.scorers / name, self.work / name
+            for old in (folder, run):
+                shutil.rmtree(old, ignore_errors=True)
+            if not steps:
+                continue
+            common = [
+                f"rollout.target_model_path={hydra_path(self.target)}",
+                f"model.scorer.path={hydra_path(self.scorers / HEAD)}",
+                f"data.train_files={hydra_path(self.labelled)}",
+                f"data.train_batch_size={batch_size}",
+                f"data.seed={self.budget.world.seed}",
+                f"rollout.seed={self.budget.world.seed}",
+                f"rollout.n={settings.num_samples}",
+                f"actor.optim.lr={settings.learning_rate}",
+                "trainer.total_epochs=1000",
+                f"trainer.total_training_steps={steps}",
+                "trainer.test_freq=-1",
+                f"trainer.default_local_dir={hydra_path(run)}",
+            ]
+            self._run("train", [*common, *more], progress, name=name, describe=training_step)
+            shutil.copytree(run / f"global_step_{steps}" / "actor" / "scorer", folder)
+            done.append(f"{steps} steps of {name}")
+        return f"GRPO with verl: {', '.join(done)}"
+
     def evaluate(self, progress: Progress) -> str:
         settings, found = self.budget.evaluation, self.work / "evaluation.json"
         rules = [*settings.rules, *(f"scorer:{folder}" for folder in sorted(self.scorers.iterdir()))]
@@ -124,10 +165,26 @@ class Experiment:
             *("--batch-size", str(decoding.batch_size)),
         ]
 
-    def _run(self, command: str, options: Sequence[str], progress: Progress, name: str = "") -> str:
+    def _run(
+        self,
+        command: str,
+        options: Sequence[str],
+        progress: Progress,
+        name: str = "",
+        describe: Callable[[str], str | None] = bar_progress,
+    ) -> str:
         print(f"  $ verl-speculator scorer {command} {shlex.join(options)}", flush=True)
         log = self.logs / f"{name or command}.log"
-        return run_command(["scorer", command, *options], log, progress, bar_progress)
+        return run_command(["scorer", command, *options], log, progress, describe)
+
+
+def training_step(line: str) -> str | None:
+    """The step of a console line of verl's tracker, and how the training goes."""
+    step = re.search(r"step:(\d+) - ", line)
+    if step is None:
+        return None
+    found = {name: re.search(rf"scorer/{name}:([\d.eE+-]+)", line) for name in ("accuracy", "tokens_per_target_call")}
+    return f"step {step[1]}" + "".join(f"  {name} {float(match[1]):.3f}" for name, match in found.items() if match)
 
 
 def summarize(evaluation: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
@@ -144,7 +201,7 @@ def summarize(evaluation: dict[str, Any], seconds: dict[str, float]) -> dict[str
         "equals_strict",
     )
     return {
-        **{label: {name: rule[name] for name in names} for label, rule in evaluation["rules"].items()},
+        "rules": {label: {name: rule[name] for name in names} for label, rule in evaluation["rules"].items()},
         "accuracy_bound": evaluation["accuracy_bound"],
         "seconds": round(sum(seconds.values()), 1),
         "seconds_per_stage": {stage: round(value, 1) for stage, value in seconds.items()},
@@ -173,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages.run("windows", budget.decoding, run.make_windows, [run.labelled])
     stages.run("gates", budget.gates, run.check_world)
     stages.run("heads", budget.head, run.fit_heads, [run.scorers / HEAD, run.scorers / LINEAR])
+    stages.run("grpo", budget.grpo, run.train)
     found = run.work / "evaluation.json"
     stages.run("evaluate", budget.evaluation, run.evaluate, [found, output / "report" / "index.html"])
 

@@ -22,6 +22,18 @@ class HeadSettings:
 
 
 @dataclass(frozen=True)
+class GrpoSettings:
+    """GRPO from the supervised head: on windows, and on whole answers; 0 steps leave one out."""
+
+    window_steps: int = 100
+    window_batch_size: int = 128
+    answer_steps: int = 60
+    answer_batch_size: int = 32
+    num_samples: int = 8
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """The bound is one point of accuracy, at 95 % one-sided, on the questions of the test set."""
 
@@ -45,6 +57,7 @@ class Budget:
     world: WorldSettings = field(default_factory=WorldSettings)
     decoding: DecodingSettings = field(default_factory=DecodingSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     gates: GateSettings = field(default_factory=GateSettings)
 
@@ -60,17 +73,19 @@ BUDGETS = {
             num_test=2000,
         ),
         head=HeadSettings(num_epochs=20),
+        grpo=GrpoSettings(window_steps=30, answer_steps=20),
     ),
     # The machinery alone: its models are wrong about everything.
     "small": Budget(
         world=WorldSettings(
             target=ModelSettings(32, 1, 6, batch_size=8),
             draft=ModelSettings(16, 1, 4, batch_size=8),
-            num_train=24,
-            num_validation=16,
-            num_test=16,
+            num_train=16,
+            num_validation=8,
+            num_test=8,
         ),
         head=HeadSettings(num_epochs=2, inner_dim=8),
+        grpo=GrpoSettings(window_steps=1, window_batch_size=4, answer_steps=1, answer_batch_size=2, num_samples=2),
         decoding=DecodingSettings(max_new_tokens=16, batch_size=24),
         evaluation=EvaluationSettings(accuracy_bound=0.5, num_oracle=4, rules=("accept-all", "probability")),
         gates=GateSettings(most_auc=2, least_oracle_gain=-1, least_accuracy=0, most_accuracy=1),

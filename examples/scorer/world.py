@@ -1,7 +1,7 @@
 """A small world of sums in words, made on the spot, in which some mismatches are harmless and others are not.
 
-    question  x 4 a plus 7 b minus 3 c times 2 ?
-    answer    stepwise then a add 7 gives 1 ; b less 3 makes 8 next c doubling 2 yields 6 so answer is 6
+    question  x 4 a plus 7 b minus 3 c plus 9 ?
+    answer    well stepwise then a 4 plus 7 gives 1 next b 1 minus 3 makes 8 now c 8 plus 9 yields 7 so answer is 7
 
 All is modulo 10. What makes it a world for a scorer:
 
@@ -30,13 +30,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 Speaker = Literal["target", "draft"]
 
-OPERATIONS = ("plus", "minus", "times")
+OPERATIONS = ("plus", "minus")
 LABELS = "abcde"
 SYNONYMS = {
     "opener": ("then", "next", "now", "further", "moving", "onward"),
-    "plus": ("add", "adding", "put", "join", "raise", "include"),
-    "minus": ("less", "subtract", "drop", "remove", "lower", "take"),
-    "times": ("multiply", "scale", "fold", "repeat", "stretch", "product"),
     "result": ("gives", "makes", "yields", "leaves", "becomes", "reaching"),
     "closing": ("so", "hence", "thus", "finally", "therefore", "overall"),
 }
@@ -54,6 +51,7 @@ VOCABULARY = (
     "?",
     *OPERATIONS,
     *STYLES,
+    "well",
     "skip",
     "answer",
     "is",
@@ -84,10 +82,10 @@ class Problem:
 
 
 def apply(op: str, value: int, number: int) -> int:
-    return {"plus": value + number, "minus": value - number, "times": value * number}[op] % 10
+    return (value + number if op == "plus" else value - number) % 10
 
 
-def problems(count: int, seed: int, least_steps: int = 3, most_steps: int = 5) -> Iterator[Problem]:
+def problems(count: int, seed: int, least_steps: int = 2, most_steps: int = 5) -> Iterator[Problem]:
     generator = random.Random(seed)
     for _ in range(count):
         steps = tuple(
@@ -106,41 +104,43 @@ class Tongue:
         for slot, words in SYNONYMS.items():
             for number in range(10):
                 liked = common.sample(words, len(words))
-                differs = common.random() < 0.6
+                differs = common.random() < 0.85
                 self.likings[slot, number] = own.sample(words, len(words)) if differs else liked
-        # The favourite style depends on the first number, as the draft's must differ from the target's only sometimes.
-        self.styles = {"target": (0.60, 0.22, 0.18), "draft": (0.42, 0.28, 0.30)}[speaker]
-        self.skips = {"target": 0.05, "draft": 0.12}[speaker]
+        self.styles = {"target": (0.60, 0.22, 0.18), "draft": (0.34, 0.33, 0.33)}[speaker]
+        # How much more a style is liked that the question's first number suggests.
+        self.whim = {"target": 0.0, "draft": 0.8}[speaker]
+        self.skips = {"target": 0.15, "draft": 0.6}[speaker]
 
     def solve(self, problem: Problem, generator: random.Random) -> list[str]:
         weights = list(self.styles)
-        favourite = (problem.start * 7 + len(problem.steps)) % 3
-        weights[favourite] += 0.25
+        weights[problem.start % 3] += self.whim
         style = generator.choices(STYLES, weights)[0]
-        words, value = [style], problem.start
+        # The first token is the prompt's own forward: no draft takes part in it.
+        words, value = ["well", style], problem.start
 
-        def say(slot: str) -> str:
+        def say(slot: str, number: int) -> str:
             if style == "loosely":
-                return CASUAL[slot][value % 2] if generator.random() < 0.93 else generator.choice(SYNONYMS[slot])
-            return generator.choices(self.likings[slot, value], LIKINGS)[0]
+                return CASUAL[slot][number % 2] if generator.random() < 0.93 else generator.choice(SYNONYMS[slot])
+            return generator.choices(self.likings[slot, number], LIKINGS)[0]
 
         pending = 0
         for index, (op, number) in enumerate(problem.steps):
             label = LABELS[index]
-            # After a 3 or a 7 solvers get sloppy.
-            if generator.random() < self.skips * (3 if value in (3, 7) else 0.5):
-                words += [say("opener"), "skip", label]
+            # After some numbers solvers get sloppy.
+            if value in (3, 7) and generator.random() < self.skips:
+                words += [say("opener", value), "skip", label]
                 continue
-            value = apply(op, value, number)
+            before, value = value, apply(op, value, number)
             pending += 1
             if style == "briefly" and pending < 2 and index + 1 < len(problem.steps):
                 continue
             pending = 0
             if style == "briefly":
-                words += [label, say("result"), str(value)]
+                words += [label, say("result", before), str(value)]
             else:
-                words += [say("opener"), label, say(op), str(number), say("result"), str(value)]
-        return [*words, say("closing"), "answer", "is", str(value), END]
+                # The word before a result tells nothing of it: another one there does no harm.
+                words += [say("opener", before), label, str(before), op, str(number), say("result", before), str(value)]
+        return [*words, say("closing", value), "answer", "is", str(value), END]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -131,7 +131,7 @@ def serve(folder: Path) -> dict:
     if os.environ.get("VERL_SPECULATOR_IMPORT"):
         engines["medusa"] = (folder / "medusa", 512, {"num_speculative_tokens": 3})
     for name, (source, chunk, settings) in engines.items():
-        engine = Engine(folder, source, chunk, **settings)
+        engine = Engine(folder, source, chunk, speculative=settings)
         answers = [answer["tokens"] for answer in engine.generate(requests)]
         speculative = engine.llm.llm_engine.vllm_config.speculative_config
         report[name] = {

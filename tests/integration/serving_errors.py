@@ -14,7 +14,7 @@ from vllm.config import speculative
 from vllm.engine.arg_utils import EngineArgs
 
 from verl_speculator.models import MLPSpeculator, MLPSpeculatorConfig
-from verl_speculator.serving import runner_hook
+from verl_speculator.serving.v1 import runner_hook
 
 
 def message(run: Callable[[], Any]) -> str:

@@ -17,6 +17,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.integration import serving_errors
@@ -31,20 +32,27 @@ COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 class Engine:
     """An `LLM` with fewer slots than requests and, unless given another size, a prefill in chunks of 32 tokens."""
 
-    def __init__(self, world: Path, speculator: Path | None = None, chunk: int = 32, **speculative: Any) -> None:
-        config = None if speculator is None else {"model": str(speculator), **speculative}
+    def __init__(
+        self,
+        world: Path,
+        speculator: Path | None = None,
+        chunk: int = 32,
+        slots: int = SLOTS,
+        speculative: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        config = None if speculator is None else {"model": str(speculator), **(speculative or {})}
+        given: dict[str, Any] = {"enable_prefix_caching": False, "dtype": "float32", "enforce_eager": True} | settings
         self.llm = LLM(
             model=str(world / "base"),
-            dtype="float32",
-            enforce_eager=True,
             max_model_len=256,
-            max_num_seqs=SLOTS,
+            max_num_seqs=slots,
             max_num_batched_tokens=chunk,
             enable_chunked_prefill=True,
-            enable_prefix_caching=False,
             disable_log_stats=False,
             seed=0,
             speculative_config=config,
+            **given,
         )
 
     def generate(self, requests: list[tuple[list[int], dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -113,6 +121,32 @@ def sampled_sequences(engine: Engine, prompt: list[int]) -> list[list[int]]:
     return [output["tokens"] for output in engine.generate(requests)]
 
 
+def drafts_near_the_longest_text(engine: Engine, prompts: list[list[int]]) -> dict[str, int]:
+    """Drafts of a request that ends at the engine's longest text, of another, and of both at once."""
+    end = (prompts[-1] * 5)[:240]
+    requests = {"end": [(end, {"max_tokens": 40})], "other": [(prompts[4], {"max_tokens": 40, "ignore_eos": True})]}
+    requests["both"] = [*requests["end"], *requests["other"]]
+    drafts = {}
+    for name, some in requests.items():
+        before = engine.counters()["num_draft_tokens"]
+        engine.generate(some)
+        drafts[name] = engine.counters()["num_draft_tokens"] - before
+    return drafts
+
+
+def lora_answers(world: Path, source: Path | None, greedy: list[tuple[list[int], dict[str, Any]]]) -> dict[str, Any]:
+    """Requests that use a LoRA adapter and some that do not, in one batch."""
+    engine = Engine(world, source, enable_lora=True, max_lora_rank=8)
+    adapter = LoRARequest("adapter", 1, str(world / "adapter"))
+    prompts = [{"prompt_token_ids": ids} for ids, _ in greedy]
+    params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)] * len(prompts)
+    adapters = [adapter if number % 2 else None for number in range(len(prompts))]
+    outputs = engine.llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+    answers = {"tokens": [list(output.outputs[0].token_ids) for output in outputs], "counters": engine.counters()}
+    engine.close()
+    return answers
+
+
 def is_runner_hooked() -> bool:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -128,12 +162,14 @@ def main(world: Path) -> dict[str, Any]:
     for name, source in itertools.chain([("none", None)], sources.items()):
         # With fewer drafts than heads once; all heads are the default.
         fewer = {"num_speculative_tokens": N_PREDICT - 1} if name == "arctic" else {}
-        engine = Engine(world, source, **fewer)
+        engine = Engine(world, source, speculative=fewer)
         answers = engine.generate(greedy)
         result: dict[str, Any] = {"greedy": answers, "counters": engine.counters(), "runner_hooked": is_runner_hooked()}
         mixed = mixed or mixed_requests(prompts, answers)
         if name not in ("ibm", "arctic"):
             result["mixed"] = engine.generate(mixed)
+        if name == "lstm":
+            result["near_the_end"] = drafts_near_the_longest_text(engine, prompts)
         if name in ("mlp", "lstm"):
             before = engine.counters()
             result["sampled"] = sampled_sequences(engine, prompts[1])
@@ -142,6 +178,19 @@ def main(world: Path) -> dict[str, Any]:
             }
         report[name] = result
         engine.close()
+    report["lora"] = {name: lora_answers(world, sources.get(name), greedy) for name in ("none", "lstm")}
+    report["bfloat16"] = {}
+    for name in ("none", "lstm"):
+        engine = Engine(world, sources.get(name), dtype="bfloat16")
+        report["bfloat16"] |= {name: sampled_sequences(engine, prompts[1]), "counters": engine.counters()}
+        engine.close()
+    engine = Engine(world, sources["lstm"], enforce_eager=False)
+    report["compiled"] = {
+        "greedy": engine.generate(greedy),
+        "counters": engine.counters(),
+        "mode": engine.llm.llm_engine.vllm_config.compilation_config.mode.name,
+    }
+    engine.close()
     return report | {"errors": serving_errors.main(world)}
 
 

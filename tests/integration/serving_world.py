@@ -9,9 +9,11 @@ import dataclasses
 import json
 import random
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.tiny import VOCAB_SIZE, WORDS, tiny_tokenizer
@@ -77,6 +79,20 @@ def write_base(folder: Path) -> None:
     tiny_tokenizer().save_pretrained(folder)
 
 
+def write_adapter(folder: Path) -> None:
+    """A LoRA adapter of the base, as PEFT writes it, which changes what the base says."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    for layer, name in product(range(2), ("q_proj", "v_proj")):
+        prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+        for part, shape in (("lora_A", (8, HIDDEN)), ("lora_B", (HIDDEN, 8))):
+            tensors[f"{prefix}.{part}.weight"] = torch.randn(shape, generator=generator) / 8
+    save_file(tensors, folder / "adapter_model.safetensors")
+    values = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(values | {"task_type": "CAUSAL_LM"}))
+
+
 def make_prompts() -> list[list[int]]:
     """Token ids: prompts of one token, of lengths in between, and one longer than a chunk of the prefill."""
     generator = random.Random(1)
@@ -117,6 +133,7 @@ def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     write_base(folder / "base")
+    write_adapter(folder / "adapter")
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
     prompts = make_prompts()
     answers = generate(base, *padded(prompts), max_new_tokens=NEW_TOKENS).tokens

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import REPOSITORY
+from tests.support.tiny import write_chats
 from verl_speculator.errors import ConfigError
 from verl_speculator.serving.options import check_options, read_options
 
@@ -93,6 +94,20 @@ def test_requests_that_end_early_or_change_their_logits(name: str, report) -> No
             assert value == pytest.approx(other_value, abs=1e-4)
 
 
+def test_a_request_near_the_longest_text_stops_nobody_elses_drafts(report) -> None:
+    drafts = report["lstm"]["near_the_end"]
+    assert drafts["both"] == drafts["end"] + drafts["other"]
+
+
+def test_requests_with_a_lora_adapter(report) -> None:
+    plain, drafted = report["lora"]["none"], report["lora"]["lstm"]
+    assert drafted["tokens"] == plain["tokens"]
+    assert drafted["counters"]["num_accepted_tokens"] > 0
+    without = [answer["tokens"][:40] for answer in report["none"]["greedy"]]
+    changed = [tokens != other for tokens, other in zip(plain["tokens"], without, strict=True)]
+    assert all(changed[1::2]), "the adapter changes what the base says"
+
+
 def test_structured_output_is_obeyed(report) -> None:
     choice, pattern = report["lstm"]["mixed"][-3], report["lstm"]["mixed"][-2]
     assert choice["text"] in ("w1 w2 w3 w4", "w1 w2 w30", "no w12")
@@ -118,6 +133,13 @@ def test_exported_folders_draft_the_same(report) -> None:
     assert fewer["accepted_per_position"][0] >= all_heads["accepted_per_position"][0], "fewer drafts, so more rounds"
 
 
+def test_compiled_base_and_speculator(report) -> None:
+    compiled = report["compiled"]
+    assert compiled["mode"] not in ("NONE", "0")
+    assert [answer["tokens"] for answer in compiled["greedy"]] == [a["tokens"] for a in report["none"]["greedy"]]
+    assert compiled["counters"] == report["lstm"]["counters"]
+
+
 @pytest.mark.parametrize("name", ["mlp", "lstm"])
 def test_sampled_tokens_have_the_base_models_distribution(name: str, report, world) -> None:
     """Pearson's test of whole sequences against their exact probabilities, at five standard deviations."""
@@ -131,6 +153,19 @@ def test_sampled_tokens_have_the_base_models_distribution(name: str, report, wor
     rest_expected = total - sum(exact[sequence] * total for sequence in common)
     cells = [(drawn[sequence], exact[sequence] * total) for sequence in common] + [(rest, rest_expected)]
     statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+    freedom = len(cells) - 1
+    assert freedom >= 8
+    assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+
+
+def test_in_bfloat16_the_distribution_is_that_without_a_speculator(report) -> None:
+    """Pearson's test of two samples of the same size; where tokens are so close, no third party's numbers tell more."""
+    with_drafts, without = (Counter(map(tuple, report["bfloat16"][name])) for name in ("lstm", "none"))
+    assert report["bfloat16"]["counters"]["num_accepted_tokens"] > 0.05 * with_drafts.total()
+    both = with_drafts + without
+    cells = [(with_drafts[sequence], without[sequence]) for sequence, count in both.items() if count >= 10]
+    cells.append((with_drafts.total() - sum(a for a, _ in cells), without.total() - sum(b for _, b in cells)))
+    statistic = sum((a - b) ** 2 / (a + b) for a, b in cells if a + b)
     freedom = len(cells) - 1
     assert freedom >= 8
     assert statistic < freedom + 5 * math.sqrt(2 * freedom)
@@ -205,6 +240,24 @@ def test_no_option_of_vllm_brings_another_speculator(monkeypatch, capsys) -> Non
     assert not {name for name in refused if name.startswith("--specialize")}
 
 
+def test_mixed_requests_with_little_memory(world) -> None:
+    """Aborts, early stops, structured output, chunked prefill, prefix caching and preemption, all at once."""
+    run_script("serving_mixed.py", world, world / "mixed.json")
+    report = json.loads((world / "mixed.json").read_text())
+    plain, drafted = report["none"], report["lstm"]
+    assert plain["preemptions"] >= 5
+    assert drafted["preemptions"] >= 5
+    assert drafted["counters"]["num_accepted_tokens"] > 500
+    assert plain["tokens"].keys() == drafted["tokens"].keys()
+    for name, tokens in plain["tokens"].items():
+        mine = drafted["tokens"][name]
+        if name in report["limits"]:  # a step with drafts may bring it further before it is aborted
+            least = min(len(tokens), len(mine))
+            assert mine[:least] == tokens[:least], name
+        else:
+            assert mine == tokens, name
+
+
 @pytest.fixture(scope="module")
 def server(world, tmp_path_factory):
     """`verl-speculator serve` as a user starts it, on two tensor-parallel ranks; yields its address and its log."""
@@ -220,8 +273,8 @@ def server(world, tmp_path_factory):
             [*serve, *arguments, *options, "--served-model-name", "tiny"],
             stdout=output,
             stderr=subprocess.STDOUT,
-            # Two ranks on a machine with a single NUMA node.
-            env=environment(VLLM_CPU_OMP_THREADS_BIND="nobind"),
+            # Two ranks on a machine with a single NUMA node, and a vocabulary matrix in shards although it is small.
+            env=environment(VLLM_CPU_OMP_THREADS_BIND="nobind", VERL_SPECULATOR_SHARD_FROM_MIB="0"),
             start_new_session=True,
         )
     address = f"http://127.0.0.1:{port}"
@@ -275,7 +328,9 @@ def test_server_with_the_openai_client(server, world, reference) -> None:
     [command] = [line for line in text.splitlines() if line.startswith("curl ") and "/v1/chat/completions" in line]
     called = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=True)
     assert json.loads(called.stdout)["usage"]["completion_tokens"] > 1
-    assert text.count("Drafting with the ArcticLSTMSpeculator") == 2, "each rank has a whole copy"
+    drafting = [line for line in text.splitlines() if "Drafting with the ArcticLSTMSpeculator" in line]
+    assert len(drafting) == 2, "each rank drafts"
+    assert all("vocabulary matrix in 2 shards" in line for line in drafting)
 
 
 def server_counters(address: str) -> dict[str, float]:
@@ -334,3 +389,27 @@ def test_example_client_with_curl(server) -> None:
     for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
         [line] = [line for line in counters if line.startswith(f"vllm:spec_decode_{name}_total{{")]
         assert float(line.split()[-1]) == totals[name]
+
+
+def test_load_test_of_a_running_server(server, world, tmp_path) -> None:
+    address, _ = server
+    chats = write_chats(tmp_path / "chats.parquet", 6)
+    before = server_counters(address)
+    load = ["--url", address, "--requests", "6", "--concurrency", "2", "--max-tokens", "16"]
+    result = subprocess.run(
+        [sys.executable, "-m", "verl_speculator.cli", "bench", "--base", str(world / "base"), "--data", str(chats),
+         *load, "--output", str(tmp_path / "load")],
+        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (measured,) = json.loads((tmp_path / "load" / "load.json").read_text())["results"]
+    assert (measured["name"], measured["drafts"], measured["concurrency"]) == (address, None, 2)
+    assert 0 < measured["ttft_p50"] <= measured["ttft_p99"]
+    assert 0 < measured["tpot_p50"] <= measured["tpot_p99"]
+    assert measured["tokens_per_second"] > 0
+    # Those of the round that warms up, too.
+    counted = {name: total - before[name] for name, total in server_counters(address).items()}
+    assert measured["acceptance_length"] == pytest.approx(
+        1 + counted["num_accepted_tokens"] / counted["num_drafts"], rel=0.05
+    )
+    assert f"{measured['acceptance_length']:.2f}" in result.stdout

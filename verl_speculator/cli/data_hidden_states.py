@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+from verl_speculator.cli.arguments import require_training
+
 PURPOSE = "write the base's hidden states, so that trainings need not compute them"
 DESCRIPTION = """\
 Run the frozen base once over the training and the validation data and keep its hidden states in a folder. Settings are
@@ -26,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    require_training()
     from verl_speculator.trainer.launch import launch_hidden_states
 
     sys.path.insert(0, os.getcwd())

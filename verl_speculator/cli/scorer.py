@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from verl_speculator.cli import scorer_data, scorer_evaluate, scorer_fit, scorer_label
+from verl_speculator.cli import scorer_data, scorer_evaluate, scorer_fit, scorer_label, scorer_train
 
 PURPOSE = "train and measure a scorer that accepts harmless draft/target mismatches (lossy)"
 DESCRIPTION = """\
@@ -14,10 +14,18 @@ that it brings forth says so. Without it decoding stays lossless.
   verl-speculator scorer data --base TARGET --draft DRAFT --data train.parquet --answers answer --output windows.parquet
   verl-speculator scorer label --base TARGET --windows windows.parquet --output labelled.parquet
   verl-speculator scorer fit --base TARGET --windows labelled.parquet --output scorer
+  verl-speculator scorer train rollout.target_model_path=TARGET model.scorer.path=scorer \\
+      data.train_files=labelled.parquet
   verl-speculator scorer evaluate --base TARGET --draft DRAFT --validation val.parquet --data test.parquet \\
       --answers answer --accept probability --accept scorer:scorer --output evaluation.json
 """
-_COMMANDS = {"data": scorer_data, "label": scorer_label, "fit": scorer_fit, "evaluate": scorer_evaluate}
+_COMMANDS = {
+    "data": scorer_data,
+    "label": scorer_label,
+    "fit": scorer_fit,
+    "train": scorer_train,
+    "evaluate": scorer_evaluate,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
         )
     write_windows(args.output, labelled, file.scalars, {**file.info, "labels": asdict(counts)})
     print(
-        f"Wrote {args.output}: {counts.num_harmless} mismatches are harmless and {counts.num_harmful} are not; of "
-        f"{counts.num_unanswered} completions no answer could be extracted, which counts as harm."
+        f"Wrote {args.output}: {counts.num_harmless} mismatches are harmless and {counts.num_harmful} are not; "
+        f"{counts.num_unknown} come after a harmful one and have no label. Of {counts.num_unanswered} completions no "
+        "answer could be extracted, which counts as harm."
     )

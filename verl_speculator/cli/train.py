@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from verl_speculator.cli.arguments import require_training
 from verl_speculator.trainer.config.flags import add_common_flags, add_own_flags, flag_overrides
 
 PURPOSE = "train a speculator on chat data"
@@ -45,6 +46,7 @@ def add_arguments_of(parser: argparse.ArgumentParser, arguments: Sequence[str]) 
 
 
 def run(args: argparse.Namespace) -> None:
+    require_training()
     from omegaconf import OmegaConf
 
     from verl_speculator.trainer.config.compose import load_config

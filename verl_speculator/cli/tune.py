@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from verl_speculator.cli.arguments import require_training
 from verl_speculator.errors import ConfigError
 
 PURPOSE = "search for good settings with short trainings"
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    require_training()
     from verl_speculator.trainer.config.compose import load_config
     from verl_speculator.trainer.launch import plan
 

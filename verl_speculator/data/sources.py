@@ -17,7 +17,7 @@ from typing import Any, TextIO, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from verl_speculator.errors import DataError, MissingFileError
+from verl_speculator.errors import ConfigError, DataError, MissingFileError
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv")
 
@@ -188,8 +188,12 @@ class _Text:
 
 def _read_dataset(name: str, split: str, subset: str | None) -> Iterator[Found]:
     # Here: it takes seconds, and files do without.
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ConfigError(
+            f'loading the data set {name!r} needs the package datasets: pip install "verl_speculator[train]"'
+        ) from error
     try:
         rows = load_dataset(name, subset, split=split)
     except Exception as error:

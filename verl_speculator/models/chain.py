@@ -264,15 +264,32 @@ class ChainSpeculator(DraftVocabulary, Speculator):
         Raises:
             ConfigError: `num_tokens` is out of range.
         """
+        if choose is None:
+            return self.draft_by(self.likeliest, hidden_states, last_token, num_tokens)
+
+        def next_token(output: Tensor, head_index: int) -> Tensor:
+            return choose(self.to_target_logits(F.linear(output, self.head_weight(head_index))))
+
+        return self.draft_by(next_token, hidden_states, last_token, num_tokens)
+
+    def likeliest(self, output: Tensor, head_index: int) -> Tensor:
+        """The base's token [B] to which a head gives the largest logit, from its output [B, D]."""
+        return self.to_target_ids(F.linear(output, self.head_weight(head_index)).argmax(-1))
+
+    @torch.no_grad()
+    def draft_by(
+        self,
+        next_token: Callable[[Tensor, int], Tensor],
+        hidden_states: Tensor,
+        last_token: Tensor,
+        num_tokens: int,
+    ) -> Tensor:
+        """As `draft`, with `next_token(output, head_index)` for the way from an output [B, D] to a token [B]."""
         if not 1 <= num_tokens <= self.n_predict:
             raise ConfigError(f"num_tokens must be from 1 to n_predict ({self.n_predict}), not {num_tokens}.")
         tokens = [last_token]
         # A generator: the next token is known only when `unroll` has given the output that it is chosen from.
         embedded = (self.embed(tokens[i], i) for i in range(num_tokens))
         for i, output in enumerate(self.unroll(hidden_states.to(self.head_weight(0).dtype), embedded)):
-            logits = F.linear(output, self.head_weight(i))
-            if choose is None:
-                tokens.append(self.to_target_ids(logits.argmax(-1)))
-            else:
-                tokens.append(choose(self.to_target_logits(logits)))
+            tokens.append(next_token(output, i))
         return torch.stack(tokens[1:], dim=1)

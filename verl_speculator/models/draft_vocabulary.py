@@ -66,15 +66,14 @@ class DraftVocabulary(_Base):
         full = logits.new_full((*logits.shape[:-1], self.config.vocab_size), float("-inf"))
         return full.index_copy_(-1, ids, logits)
 
-    def canonical_state_dict(self, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-        own = super().canonical_state_dict(tensors, source)
-        if "d2t" in own:
-            ids = own["d2t"] + torch.arange(own["d2t"].shape[0])
+    def check_loaded(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        super().check_loaded(tensors, source)
+        if "d2t" in tensors:
+            ids = tensors["d2t"] + torch.arange(len(tensors["d2t"]), device=tensors["d2t"].device)
             if ids[0] < 0 or ids[-1] >= self.config.vocab_size or bool((ids.diff() <= 0).any()):
                 raise CheckpointError(
                     f"{source} is not usable: d2t must lead to ascending token ids below {self.config.vocab_size}."
                 )
-        return own
 
 
 def given_draft_ids(size: int | None, t2d: Tensor | None, path: str | None, vocab_size: int) -> Tensor | None:

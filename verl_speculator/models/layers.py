@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -16,21 +17,16 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 EPS = 1e-6
 
 
-def rms_normalize(x: torch.Tensor) -> torch.Tensor:
-    """`x / sqrt(mean(x²) + eps)` over the last dimension, computed and returned in the type of `x`.
-
-    The reference has no float32 step here, so bfloat16 weights that it trained see the rounding they were trained with.
-    """
-    return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
-
-
 def scale_hidden_states(hidden_states: torch.Tensor) -> torch.Tensor:
     """`RMS(h)/√2`, the first state under `scale_input`; the shape stays [..., H]."""
-    return rms_normalize(hidden_states) / math.sqrt(2)
+    return F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=EPS) / math.sqrt(2)
 
 
 class RMSNorm(nn.Module):
-    """RMS norm with weight and bias, both [width]."""
+    """RMS norm, `x / sqrt(mean(x²) + eps)`, with weight and bias, both [width].
+
+    The mean is taken in float32 whatever the type of `x`: squares of float16 states pass its largest number.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -42,7 +38,7 @@ class RMSNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * rms_normalize(x) + self.bias
+        return F.rms_norm(x, self.weight.shape, self.weight, EPS) + self.bias
 
 
 def state_weight(n_predict: int) -> float:

@@ -101,12 +101,6 @@ class ArcticLSTMSpeculator(ChainSpeculator):
     def embeddings_are_tied(self) -> bool:
         return len(self.emb) == 1
 
-    def begin(self, hidden_states: torch.Tensor) -> State:
-        state = super().begin(hidden_states)
-        if self.is_lstm:
-            return (*state, hidden_states.new_zeros(*hidden_states.shape[:-1], self.cell_width))
-        return state
-
     def embed(self, tokens: torch.Tensor, head_index: int) -> torch.Tensor:
         """`E x` at the first inner width: [..., width] for `sum_rnn`; for `sum_lstm` [..., 4 gates or 1, width]."""
         embedded = for_head(self.emb, head_index)(tokens)
@@ -125,8 +119,9 @@ class ArcticLSTMSpeculator(ChainSpeculator):
         projected = self._through_bridges("proj", projected.unflatten(-1, (len(GATES), -1)), head_index)
         mixed = torch.add(projected, embedded, alpha=self.embedding_scale)
         forget, write, read = torch.sigmoid(mixed[..., :3, :]).unbind(-2)
-        candidate = F.gelu(self.cell_ln[0](mixed[..., 3, :]))
-        cell = state[1] * forget + candidate * write
+        cell = F.gelu(self.cell_ln[0](mixed[..., 3, :])) * write
+        if head_index:  # the first cell is zero
+            cell = torch.addcmul(cell, state[1], forget)
         output = self.state_bridge[0](F.gelu(self.state_ln[0](cell)) * read)
         return (output, cell), output
 
@@ -191,7 +186,6 @@ class ArcticLSTMSpeculator(ChainSpeculator):
             self.add_module(f"{gate}_emb_bridge", nn.ModuleList([bridge(emb_path)]))
         for gate in GATES:
             self.add_module(f"{gate}_proj_bridge", nn.ModuleList(bridge(proj_path) for _ in inputs))
-        self.cell_width = inner[0]
         self.cell_ln = nn.ModuleList([RMSNorm(inner[0])])
         self.state_ln = nn.ModuleList([RMSNorm(inner[0])])
         self.state_bridge = nn.ModuleList([bridge(state_path)])

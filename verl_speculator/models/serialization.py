@@ -170,6 +170,30 @@ def merge_tied_copies(
     written_out = {copies[name] for name in tensors if name in copies}
     required = [*expected, *(copy for copy, shared in copies.items() if shared in written_out)]
     _reject(source, "lacks tensors", (name for name in required if name not in tensors))
+    check_tensors(tensors, expected, copies, source)
+    _reject(
+        source,
+        "has tied copies that differ although tie_weights or tie_lstm_embs is true",
+        (
+            f"{name} and {copies[name]}"
+            for name in tensors
+            if name in copies and not torch.equal(tensors[name], tensors[copies[name]])
+        ),
+    )
+    return {name: tensors[name] for name in expected}
+
+
+def check_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    copies: Mapping[str, str],
+    source: str,
+) -> None:
+    """Raise CheckpointError for tensors that are not `expected`, or of another shape or kind.
+
+    Args:
+        copies: `{copy: shared}`, other names that tensors of `expected` may have.
+    """
     _reject(source, "has unexpected tensors", (name for name in tensors if name not in expected and name not in copies))
     wanted = {name: expected[copies.get(name, name)] for name in tensors}
     _reject(
@@ -186,16 +210,6 @@ def merge_tied_copies(
         "has tensors of a type that cannot be used",
         (f"{name} {tensor.dtype}" for name, tensor in tensors.items() if not _same_kind(tensor, wanted[name])),
     )
-    _reject(
-        source,
-        "has tied copies that differ although tie_weights or tie_lstm_embs is true",
-        (
-            f"{name} and {copies[name]}"
-            for name in tensors
-            if name in copies and not torch.equal(tensors[name], tensors[copies[name]])
-        ),
-    )
-    return {name: tensors[name] for name in expected}
 
 
 def copy_names(shared_names: Iterable[str], tied_copies: Mapping[str, str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -180,9 +180,34 @@ class Speculator(nn.Module, ABC):
         named = serialization.strip_prefix(tensors, source)
         named = {name: tensor for name, tensor in named.items() if name not in ignored}
         own = serialization.merge_tied_copies(named, self.file_views(self.state_dict()), self.tied_copies(), source)
+        self.check_loaded(own, source)
         for name, (pieces, dim) in self.fused_tensors().items():
             own[name] = torch.cat([own.pop(piece) for piece in pieces], dim)
         return own
+
+    @torch.no_grad()
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Write tensors under the file format's names over the module's own, where these lie; returns the names.
+
+        They may be some of a file's, as weights come in buckets. Nothing moves in memory: CUDA graphs that were
+        captured with this module go on with the new values.
+
+        Raises:
+            CheckpointError: A tensor has an unknown name, another shape or kind; nothing was written then.
+        """
+        views = self.file_views(self.state_dict())
+        copies = serialization.copy_names(views, self.tied_copies())
+        ignored = self.file_only_tensors()
+        given = serialization.strip_prefix(dict(weights), "the weights to load")
+        given = {name: tensor for name, tensor in given.items() if name not in ignored}
+        serialization.check_tensors(given, views, copies, "the set of weights to load")
+        self.check_loaded(given, "the set of weights to load")
+        for name, tensor in given.items():
+            views[copies.get(name, name)].copy_(tensor)
+        return set(given)
+
+    def check_loaded(self, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+        """Raise CheckpointError for values that the model cannot work with; names are those of the file format."""
 
     def export_state_dict(
         self, state_dict: Mapping[str, torch.Tensor] | None = None, *, dtype: torch.dtype | None = None

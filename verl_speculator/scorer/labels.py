@@ -51,6 +51,7 @@ def complete(
 class LabelCounts:
     num_harmless: int = 0
     num_harmful: int = 0
+    num_unknown: int = 0  # after a harmful one in the same window
     num_unanswered: int = 0  # completions from which no answer could be extracted; they count as harmful
 
 
@@ -63,10 +64,10 @@ def mine_labels(
     check: AnswerCheck | None = None,
     report: Report = lambda doing, done, total: None,
 ) -> tuple[list[Window], LabelCounts]:
-    """The windows with `labels` and `correct` of every mismatch; drafts that match have none.
+    """The windows with `labels` and `correct` of their mismatches; drafts that match have none.
 
-    Every mismatch is judged as if those before it had been accepted. It is compared with the completion of the window's
-    context, which is what strict decoding answers.
+    Every mismatch is judged as if those before it had been accepted, so a label ends with the first that is harmful. It
+    is compared with the completion of the window's context, which is what strict decoding answers.
 
     Raises:
         DataError: There is no window.
@@ -94,14 +95,20 @@ def mine_labels(
     for window in windows:
         strict = next(given)
         labels, correct = list(window.labels), list(window.correct)
+        astray = False
         for slot in window.mismatches:
             answer = next(given)
+            correct[slot] = int(answer is not None and same_answer(answer, check.reference(window.answer)))
+            counts.num_unanswered += answer is None
+            if astray:
+                # The text has gone wrong before: what this one does to it says nothing of it.
+                counts.num_unknown += 1
+                continue
             same = answer is not None and strict is not None and same_answer(answer, strict)
             labels[slot] = ACCEPT if same else REJECT
-            correct[slot] = int(answer is not None and same_answer(answer, check.reference(window.answer)))
             counts.num_harmless += same
             counts.num_harmful += not same
-            counts.num_unanswered += answer is None
+            astray = not same
         labelled.append(replace(window, labels=labels, correct=correct))
     return labelled, counts
 

@@ -35,8 +35,8 @@ class Window:
         strict_correct: Whether strict decoding answers rightly.
         strict_calls: Target calls that strict decoding takes for the whole answer, the prompt's included.
         labels: k: 1 if the target, going on after the draft, gives the answer that strict decoding gives; 0 if it gives
-            another, -1 where nobody looked (`scorer label` looks at every mismatch).
-        correct: k: the same, whether it gives the reference answer.
+            another, -1 where that is not known. `scorer label` looks at the mismatches up to the first that is harmful.
+        correct: k: whether it then gives the reference answer, 1 or 0, for every mismatch; -1 elsewhere.
     """
 
     input_ids: list[int]

@@ -1,4 +1,8 @@
-"""Which vLLM the hooks fit, and what to say when they do not."""
+"""Which vLLM the hooks fit, and what to say when they do not.
+
+Supported are the newest vLLM that was tested and the four minor versions before it. From `V2_FROM` on drafts are made
+on its Model Runner V2; `serving/v1` goes when `OLDEST` gets there.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any
 
 from verl_speculator.errors import SpeculatorError
 
 OLDEST = (0, 28)
+V2_FROM = (0, 32)
 NEWEST_TESTED = (0, 32)
 SUPPORTED = "0.28 to 0.32"
 
@@ -21,18 +27,24 @@ class UnsupportedEngineError(SpeculatorError, RuntimeError):
     """The installed vLLM is too old, or has moved what a hook needs."""
 
 
+def parse(version: str) -> tuple[int, int] | None:
+    """The first two numbers of a version; None for a build that has none."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
 def check_version(version: str) -> str | None:
     """A warning for a vLLM newer than those tested, else None; `version` is `vllm.__version__`.
 
     Raises:
         UnsupportedEngineError: it is older than the oldest that works.
     """
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or (int(found[1]), int(found[2])) > NEWEST_TESTED:
+    found = parse(version)
+    if found is None or found > NEWEST_TESTED:
         return (
             f"verl_speculator was tested with vLLM {SUPPORTED}, not with {version}; its hooks fit as far as it can see."
         )
-    if (int(found[1]), int(found[2])) < OLDEST:
+    if found < OLDEST:
         raise UnsupportedEngineError(
             f"verl_speculator serves speculators in vLLM {SUPPORTED}, but vLLM {version} is installed: "
             f"install vllm>=0.28."
@@ -60,11 +72,11 @@ def require_parameters(function: Callable[..., Any], names: Iterable[str]) -> in
     return signature
 
 
-def wrap_method(owner: type, name: str, make_wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace the method `name` of `owner` by `make_wrapper(original)`; a second call changes nothing.
+def wrap(owner: type | ModuleType, name: str, make_wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace the function `name` of a class or module by `make_wrapper(original)`; a second call changes nothing.
 
     Raises:
-        UnsupportedEngineError: there is no such method.
+        UnsupportedEngineError: there is no such function.
     """
     original = getattr(owner, name, None)
     if original is None:

@@ -1,6 +1,7 @@
 """The `vllm.general_plugins` entry point. vLLM runs it in the argument parser, the engine core and every worker.
 
-It only puts a hook where vLLM reads a speculative configuration; what serves a speculator is loaded when one is named.
+It puts a hook where vLLM reads a speculative configuration, and one where its Model Runner V2 makes a speculator; what
+serves a speculator is loaded when one is named.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ def register() -> None:
     """
     try:
         from verl_speculator.serving import speculative_config_hook
+        from verl_speculator.serving.v2 import hook
 
         speculative_config_hook.install()
+        if speculative_config_hook.has_v2():
+            hook.install()
         for name in filter(None, os.environ.get(IMPORTS_VARIABLE, "").split(os.pathsep)):
             from verl_speculator.models.importing import import_code
 

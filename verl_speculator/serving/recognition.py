@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,26 @@ from verl_speculator.models.serialization import CONFIG_NAME, WEIGHT_PATTERNS, f
 class ServedSpeculator:
     """A speculator as the user named it: a folder, or a name on the Hugging Face hub.
 
-    Workers may run on other machines, so a hub name is resolved again where the weights are read.
+    Workers may run on other machines, so it is looked for again where the weights are read.
     """
 
     source: str
     revision: str | None
     config: SpeculatorConfig
+    is_folder: bool
 
     def folder(self, cache_dir: str | None = None) -> Path:
-        """The local folder with its weights; a hub name is downloaded or taken from the cache."""
-        if Path(self.source).is_dir():
+        """The local folder with its weights; a hub name is downloaded or taken from the cache.
+
+        Raises:
+            MissingFileError: It is a folder, and this machine has no such folder.
+        """
+        if self.is_folder:
+            if not Path(self.source).is_dir():
+                raise MissingFileError(
+                    f"the speculator {self.source!r} is not on {socket.gethostname()}, where a worker of vLLM runs: "
+                    "give every machine the folder under this path, or name a speculator on the hub."
+                )
             return find_folder(self.source)
         from huggingface_hub import snapshot_download
 
@@ -50,7 +61,7 @@ def find_speculator(name: str, revision: str | None = None) -> ServedSpeculator 
     if not is_speculator(values):
         return None
     try:
-        return ServedSpeculator(name, revision, SpeculatorConfig.from_dict(values))
+        return ServedSpeculator(name, revision, SpeculatorConfig.from_dict(values), Path(name).is_dir())
     except ConfigError as error:
         raise CheckpointError(f"{config_file} is not usable: {error}") from error
 

@@ -1,54 +1,62 @@
-"""Hook 1: vLLM's `SpeculativeConfig` recognises a speculator folder. Checked on vLLM 0.28.0 and 0.32.0.
+"""vLLM's `SpeculativeConfig` recognises a speculator folder. Checked on vLLM 0.28.0 and 0.32.0.
 
 `SpeculativeConfig(model=..., num_speculative_tokens=...)` works out the method in `__post_init__`. Before it does, a
-speculator of this package is turned into vLLM's `custom_class` with our proposer; anything else passes through.
+speculator of this package is given a method that vLLM knows; anything else passes through. On Model Runner V2 that is
+`ngram_gpu`, the one that needs no model, no cache and no aux states of vLLM's, and with which it schedules
+asynchronously: what drafts is then made by `v2/hook.py`. On the first runner it is `custom_class` with our proposer.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, get_args
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.serving.compatibility import check_version, moved, wrap_method
+from verl_speculator.serving.compatibility import V2_FROM, check_version, moved, parse, wrap
 
-PROPOSER = "verl_speculator.serving.proposer.SpeculatorProposer"
 # Where the configuration carries the speculator to the workers.
 ATTRIBUTE = "verl_speculator"
-METHOD = "custom_class"
+V2_METHOD = "ngram_gpu"
+V1_METHOD = "custom_class"
+PROPOSER = "verl_speculator.serving.v1.proposer.SpeculatorProposer"
 # What a user may have set next to a speculator; with any other method the name is not looked at.
 METHODS = (None, "mlp_speculator", "draft_model")
 # Settings that would have no effect, with the only values under which that does not matter.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "draft_tensor_parallel_size": (None, 1),
-    "draft_sample_method": ("greedy",),
+    "enable_adaptive_verification": (False,),
     "max_model_len": (None,),
     "parallel_drafting": (False,),
     "quantization": (None,),
     "use_heterogeneous_vocab": (False,),
+    "use_local_argmax_reduction": (False,),
 }
+WITHOUT_EFFECT_ON_V1 = {"draft_sample_method": ("greedy",)}
 
 
 def install() -> None:
     from vllm.config.speculative import SpeculativeConfig
 
-    wrap_method(SpeculativeConfig, "__post_init__", _recognise_first)
+    wrap(SpeculativeConfig, "__post_init__", _recognise_first)
 
 
 def _recognise_first(original: Callable[..., None]) -> Callable[..., None]:
     def post_init(self: Any, *args: Any, **kwargs: Any) -> None:
         use_speculator(self)
         original(self, *args, **kwargs)
+        if getattr(self, ATTRIBUTE, None) is not None:
+            finish(self)
 
     return post_init
 
 
 def use_speculator(config: Any) -> None:
-    """Turn a `SpeculativeConfig` that names a speculator of this package into one that drafts with our proposer.
+    """Turn a `SpeculativeConfig` that names a speculator of this package into one that drafts with it.
 
     Raises:
         ConfigError: the speculator does not fit the base model, or a setting cannot work with it.
-        UnsupportedEngineError: this vLLM is too old or has no `custom_class` method any more.
+        UnsupportedEngineError: this vLLM is too old or does not have the method any more.
     """
     if config.model is None or config.model == PROPOSER or config.method not in METHODS:
         return
@@ -57,8 +65,9 @@ def use_speculator(config: Any) -> None:
     speculator = find_speculator(config.model, config.revision)
     if speculator is None:
         return
-    _check_engine()
-    for name, values in WITHOUT_EFFECT.items():
+    method = V2_METHOD if _drafts_on_v2(config) else V1_METHOD
+    _check_engine(method)
+    for name, values in (WITHOUT_EFFECT | (WITHOUT_EFFECT_ON_V1 if method == V1_METHOD else {})).items():
         if getattr(config, name, values[0]) not in values:
             raise ConfigError(
                 f"{name} has no effect on the speculator {config.model} and must be left out of the speculative config."
@@ -71,10 +80,52 @@ def use_speculator(config: Any) -> None:
     speculator.config.check_fits_base(target.get_hidden_size(), target.get_vocab_size())
     config.num_speculative_tokens = number_of_drafts(speculator.config, config.num_speculative_tokens)
     setattr(config, ATTRIBUTE, speculator)
-    config.model, config.method = PROPOSER, METHOD
+    config.model, config.method = V2_METHOD if method == V2_METHOD else PROPOSER, method
 
 
-def _check_engine() -> None:
+def finish(config: Any) -> None:
+    """What vLLM has set for a method that is not quite ours."""
+    target = config.target_model_config
+    if config.method == V2_METHOD:
+        # Without these, vLLM's own speculator of this name fails should it ever be made in place of ours.
+        config.prompt_lookup_min = config.prompt_lookup_max = None
+        if target.enable_sleep_mode and "draft.*" not in target.sleep_preserve_parameter_names:
+            # Else sleep at level 2 would discard the speculator, and nobody would bring it back.
+            target.sleep_preserve_parameter_names = [*target.sleep_preserve_parameter_names, "draft.*"]
+    else:
+        # A drafter that reads positions must stop before its longest text, and vLLM then stops it for all requests of a
+        # step at once. Ours reads none.
+        config.draft_model_config = copy.copy(target)
+        config.draft_model_config.max_model_len += config.num_speculative_tokens + 1
+        if target.enable_sleep_mode:
+            from vllm.logger import init_logger
+
+            init_logger("vllm.verl_speculator").warning_once(
+                "Sleep at level 2 discards the speculator on vLLM's first model runner: load its weights again after "
+                "waking up, or use Model Runner V2 of vLLM 0.32 or later."
+            )
+
+
+def has_v2() -> bool:
+    """Whether this vLLM's Model Runner V2 is one that we draft on."""
+    import vllm
+
+    version = parse(vllm.__version__)
+    return version is None or version >= V2_FROM
+
+
+def _drafts_on_v2(config: Any) -> bool:
+    """Whether vLLM will use Model Runner V2, as its `VllmConfig.use_v2_model_runner` decides for such a method."""
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    if not has_v2() or config.target_parallel_config.use_ubatching:
+        return False
+    forced = envs.VLLM_USE_V2_MODEL_RUNNER
+    return bool(HAS_TRITON if forced is None else forced)
+
+
+def _check_engine(method: str) -> None:
     import vllm
     from vllm.config import speculative
     from vllm.logger import init_logger
@@ -83,8 +134,8 @@ def _check_engine() -> None:
     if warning:
         init_logger("vllm.verl_speculator").warning_once(warning)
     methods = getattr(speculative, "SpeculativeMethod", None)
-    if METHOD not in _literals(methods):
-        raise moved(f"its SpeculativeConfig has no method {METHOD!r} any more")
+    if method not in _literals(methods):
+        raise moved(f"its SpeculativeConfig has no method {method!r} any more")
 
 
 def _literals(annotation: Any) -> set[Any]:

@@ -10,6 +10,7 @@ from importlib import metadata
 import pytest
 
 from verl_speculator import __version__, cli
+from verl_speculator.cli import arguments as cli_arguments
 
 HEAVY = ("torch", "verl", "hydra", "omegaconf", "ray", "transformers", "pyarrow", "numpy")
 
@@ -82,6 +83,15 @@ def test_mistake_ends_at_once_in_one_line(override, reason, base_model, chat_dat
     assert result.stdout == "loaded:\n"
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(f"error: {reason}")
+
+
+@pytest.mark.parametrize("command", [["train"], ["tune", "--output", "search"], ["data", "hidden-states"]], ids=str)
+def test_where_nothing_trains_it_says_what_is_missing(command, monkeypatch, capsys) -> None:
+    """As `pip install verl_speculator[vllm]` leaves it."""
+    monkeypatch.setattr(cli_arguments, "find_spec", lambda name: None if name == "hydra" else object())
+    assert cli.main(command) == 2
+    said = 'error: training needs hydra, which is not installed: pip install "verl_speculator[train]"\n'
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,7 @@ import json
 import re
 import shlex
 import sys
-from importlib.metadata import EntryPoint, EntryPoints
-from pathlib import Path
+from importlib.metadata import EntryPoints
 
 import pytest
 
@@ -16,24 +15,6 @@ from verl_speculator import cli
 from verl_speculator.cli import serve
 from verl_speculator.serving import preflight
 from verl_speculator.serving.options import read_options
-
-
-@pytest.fixture
-def engine(monkeypatch) -> None:
-    """As if vLLM 0.28 and this package's plugin were installed."""
-    monkeypatch.setattr(preflight, "_is_importable", lambda package: True)
-    monkeypatch.setattr(preflight, "_installed_version", lambda: "0.28.0")
-    ours = EntryPoint("verl_speculator", "verl_speculator.serving.plugin:register", "vllm.general_plugins")
-    monkeypatch.setattr(preflight, "entry_points", lambda group: EntryPoints([ours]).select(group=group))
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> str:
-    folder = tmp_path / "base"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"hidden_size": HIDDEN, "vocab_size": VOCAB}))
-    return str(folder)
 
 
 def test_vllm_is_started_with_the_speculator(engine, base, make_speculator, monkeypatch, capsys) -> None:

@@ -116,19 +116,25 @@ def test_labels_say_what_the_target_makes_of_each_mismatch(target, collected, ch
         text = prefix[window.prompt_length :] + greedy(target, prefix, window.prompt_length + NEW)
         return check.extract(" ".join(str(token) for token in text if token not in target.stop_tokens))
 
-    harmless = harmful = 0
+    harmless = harmful = unknown = 0
     for window in labelled:
-        strict = answer(window, 0)
+        strict, astray = answer(window, 0), False
         for slot in range(len(window.drafts)):
             if slot not in window.mismatches:
                 assert (window.labels[slot], window.correct[slot]) == (UNKNOWN, UNKNOWN)
                 continue
             given = answer(window, slot + 1)
-            assert window.labels[slot] == int(given is not None and given == strict)
             assert window.correct[slot] == int(given == window.answer)
+            if astray:
+                assert window.labels[slot] == UNKNOWN
+                unknown += 1
+                continue
+            assert window.labels[slot] == int(given is not None and given == strict)
             harmless += window.labels[slot]
             harmful += 1 - window.labels[slot]
-    assert (counts.num_harmless, counts.num_harmful) == (harmless, harmful)
+            astray = not window.labels[slot]
+    assert (counts.num_harmless, counts.num_harmful, counts.num_unknown) == (harmless, harmful, unknown)
+    assert unknown
     assert harmless
     assert harmful
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from verl_speculator.serving import compatibility
-from verl_speculator.serving.compatibility import UnsupportedEngineError, check_version, require_parameters, wrap_method
+from verl_speculator.serving.compatibility import UnsupportedEngineError, check_version, require_parameters, wrap
 
 
 @pytest.mark.parametrize("version", ["0.28.0", "0.28.0+cpu", "0.30.1rc1", "0.32.0"])
@@ -35,14 +35,14 @@ class Runner:
 def test_wrapping_twice_is_wrapping_once(monkeypatch) -> None:
     monkeypatch.setattr(Runner, "step", Runner.step)
     for _ in range(2):
-        wrap_method(Runner, "step", lambda original: lambda self, value: original(self, value) + 1)
+        wrap(Runner, "step", lambda original: lambda self, value: original(self, value) + 1)
     assert Runner().step(1) == 2
 
 
 def test_what_moved_is_named(monkeypatch) -> None:
     monkeypatch.setattr(compatibility, "_version", lambda: "0.99")
     with pytest.raises(UnsupportedEngineError, match=r"in vLLM 0\.99: Runner has no propose any more; it was tested"):
-        wrap_method(Runner, "propose", lambda original: original)
+        wrap(Runner, "propose", lambda original: original)
     with pytest.raises(UnsupportedEngineError, match=r"Runner\.step has no parameter hidden any more"):
         require_parameters(Runner.step, ["value", "hidden"])
 

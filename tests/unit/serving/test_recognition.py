@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.serving.conftest import HEADS, HIDDEN, VOCAB
-from verl_speculator.errors import CheckpointError, ConfigError
+from verl_speculator.errors import CheckpointError, ConfigError, MissingFileError
 from verl_speculator.models import ArcticLSTMSpeculatorConfig, MLPSpeculatorConfig, SpeculatorConfig
 from verl_speculator.models.config import config_class_named
 from verl_speculator.serving.recognition import (
@@ -46,6 +46,16 @@ def test_folder_and_checkpoint(inside: str, make_speculator, tmp_path) -> None:
     assert found.folder() == place
     assert isinstance(found.config, MLPSpeculatorConfig)
     assert (found.config.n_predict, found.config.input_hidden_dim) == (HEADS, HIDDEN)
+
+
+def test_a_worker_without_the_folder_says_which_and_where(make_speculator, tmp_path, monkeypatch) -> None:
+    _, folder = make_speculator("mlp")
+    found = find_speculator(str(folder))
+    assert found is not None
+    folder.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr("socket.gethostname", lambda: "node7")
+    with pytest.raises(MissingFileError, match=rf"the speculator '{folder}' is not on node7, where a worker of vLLM"):
+        found.folder()
 
 
 def test_config_as_ibm_publishes_it(tmp_path) -> None:

@@ -102,7 +102,7 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
     """
     parsed = [parse_override(text) for text in overrides]
     # As a folder: Hydra's pkg:// form would import verl, which takes ten seconds.
-    search_path = "hydra.searchpath=[" + quoted(f"file://{_verl_config_dir()}") + "]"
+    search_path = "hydra.searchpath=[" + quoted(f"file://{verl_config_dir()}") + "]"
     try:
         # Which keys there are depends on the engine, and Hydra's own answer to an unknown one names no other.
         engine = chosen_engine(parsed)
@@ -114,7 +114,7 @@ def load_config(overrides: Sequence[str]) -> DictConfig:
             raise ConfigError("model.path and model.partial_pretrain are two names for one setting: give one of them")
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(first_line(error)) from error
     _resolve_paths(config)
     # Whichever of the two a user gave, what is printed or saved says the same under both.
     config.model.partial_pretrain = config.model.path
@@ -137,7 +137,7 @@ def parse_override(text: str) -> Override:
     try:
         override = OverridesParser.create().parse_override(f"{width[1]}={quoted(width[2])}" if width else text)
     except HydraException as error:
-        problem = f"{text!r} is not a setting in the form key=value ({_first_line(error)})"
+        problem = f"{text!r} is not a setting in the form key=value ({first_line(error)})"
         if not equals or value[:1] in ("{", "[", "'", '"'):
             raise ConfigError(problem) from error
         try:
@@ -310,10 +310,10 @@ def _known_keys_of(search_path: str, engine: str) -> KnownKeys:
     return known_keys(compose(CONFIG_NAME, [search_path, f"engine={engine}", f"optim={engine}"]))
 
 
-def _verl_config_dir() -> Path:
+def verl_config_dir() -> Path:
     spec = importlib.util.find_spec("verl")
     if spec is None or spec.origin is None:
-        raise ConfigError("verl is not installed: pip install 'verl>=0.9.1,<0.10'")
+        raise ConfigError("verl is not installed: pip install 'verl_speculator[train]'")
     return Path(spec.origin).parent / "trainer" / "config"
 
 
@@ -343,7 +343,7 @@ def quoted(text: str) -> str:
     return "'" + text.replace("'", "\\'") + "'"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What a Hydra or OmegaConf error says, without the lines of context that follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     keys = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]

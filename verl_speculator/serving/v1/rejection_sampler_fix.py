@@ -1,4 +1,4 @@
-"""Hook 3: two bugs of vLLM's rejection sampler on CPU, both for drafts of any method (vLLM's own ngram too).
+"""Two bugs of vLLM's rejection sampler on CPU, both for drafts of any method (vLLM's own ngram too).
 
 - `expand_batch_to_tokens` spreads each request's temperature, top-k and top-p over its tokens. Its kernel writes float
   values to a copy that is thrown away, so what is sampled at a temperature above 0 is garbage (seen in vLLM 0.28.0).

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 @pytest.fixture(scope="module")
 def fix():
-    from verl_speculator.serving import rejection_sampler_fix
+    from verl_speculator.serving.v1 import rejection_sampler_fix
 
     return rejection_sampler_fix
 

@@ -1,4 +1,4 @@
-"""Hook 2: vLLM's V1 model runner hands its proposer the hidden states. Checked on vLLM 0.28.0 and 0.32.0.
+"""vLLM's V1 model runner hands its proposer the hidden states. Checked on vLLM 0.28.0 and 0.32.0.
 
 A `custom_class` proposer gets token ids on the CPU and nothing else. The runner's `_sample` returns the sampled tokens
 on the device, and its `propose_draft_token_ids` is given the hidden states they were sampled from and how many drafts
@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from verl_speculator.serving.compatibility import moved, require_parameters, wrap_method
-from verl_speculator.serving.drafting import StepInputs
+from verl_speculator.serving.compatibility import moved, require_parameters, wrap
+from verl_speculator.serving.v1.drafting import StepInputs
 
 PROPOSE_PARAMETERS = ("scheduler_output", "sample_hidden_states", "spec_decode_metadata")
 
@@ -35,8 +35,9 @@ def install() -> None:
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    if "cu_num_sampled_tokens" not in SpecDecodeMetadata.__dataclass_fields__:
-        raise moved("SpecDecodeMetadata has no cu_num_sampled_tokens any more")
+    for name in ("cu_num_sampled_tokens", "num_draft_tokens"):
+        if name not in SpecDecodeMetadata.__dataclass_fields__:
+            raise moved(f"SpecDecodeMetadata has no {name} any more")
 
     def keep_sampled(original: Callable[..., Any]) -> Callable[..., Any]:
         def sample(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,10 +61,11 @@ def install() -> None:
                     hidden_states=given["sample_hidden_states"],
                     rows_end=None if metadata is None else metadata.cu_num_sampled_tokens,
                     num_tokens=given["scheduler_output"].num_spec_tokens_to_schedule,
+                    num_drafts=0 if metadata is None else sum(map(bool, metadata.num_draft_tokens)),
                 )
             return original(self, *args, **kwargs)
 
         return propose_draft_token_ids
 
-    wrap_method(GPUModelRunner, "_sample", keep_sampled)
-    wrap_method(GPUModelRunner, "propose_draft_token_ids", keep_step)
+    wrap(GPUModelRunner, "_sample", keep_sampled)
+    wrap(GPUModelRunner, "propose_draft_token_ids", keep_step)

@@ -1,0 +1,93 @@
+"""The scorer's world, and its experiment with models that know nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from contextlib import redirect_stdout
+from dataclasses import replace
+
+import pytest
+
+from examples.scorer import run
+from examples.scorer.settings import BUDGETS
+from examples.scorer.world import END, LABELS, STYLES, VOCABULARY, Tongue, problems, tokenizer
+from verl_speculator import cli
+
+WORDS = set(VOCABULARY)
+
+
+def test_answers_are_those_of_the_sum():
+    for problem in problems(50, seed=3):
+        value, *steps = problem.text.removesuffix(" ?").removeprefix("x ").split()
+        value = int(value)
+        for label, op, number in zip(steps[::3], steps[1::3], steps[2::3], strict=True):
+            assert label in LABELS
+            value += int(number) if op == "plus" else -int(number)
+        assert value % 10 == problem.answer
+
+
+@pytest.mark.parametrize("speaker", ["target", "draft"])
+def test_whoever_skips_nothing_is_right(speaker):
+    tongue, generator = Tongue(speaker), random.Random(0)
+    styles, skipped = set(), 0
+    for problem in problems(400, seed=5):
+        words = tongue.solve(problem, generator)
+        assert set(words) <= WORDS
+        assert words[-4:-2] == ["answer", "is"]
+        assert words[-1] == END
+        styles.add(words[1])
+        if "skip" in words:
+            skipped += 1
+        else:
+            assert int(words[-2]) == problem.answer
+    assert styles == set(STYLES)
+    assert skipped
+
+
+def test_every_word_is_a_token():
+    words = tokenizer()
+    text = " ".join(VOCABULARY)
+
+    assert words(text)["input_ids"] == list(range(len(VOCABULARY)))
+    assert words.decode(words(text)["input_ids"]) == text
+    asked = words.apply_chat_template([{"role": "user", "content": "x 1 a plus 2 ?"}], tokenize=False)
+    assert words(asked)["input_ids"] == words("x 1 a plus 2 ?")["input_ids"]
+
+
+def in_process(command, log_file, progress, describe):
+    """The command without a process of its own, which would load everything again."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert cli.main(command) == 0
+    return printed.getvalue()
+
+
+def test_the_experiment_runs_to_its_summary(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "run_command", in_process)
+    # GRPO has its own tests, under Ray.
+    small = replace(BUDGETS["small"], grpo=replace(BUDGETS["small"].grpo, window_steps=0, answer_steps=0))
+    hard = replace(small, gates=replace(small.gates, least_accuracy=0.99, most_accuracy=1.0))
+    monkeypatch.setitem(run.BUDGETS, "small", hard)
+    with pytest.raises(SystemExit, match="would prove nothing"):
+        run.main(["--output", str(tmp_path), "--budget", "small", "--seed", "3"])
+    assert "FAIL  the target answers" in capsys.readouterr().out
+    assert not (tmp_path / "scorers").exists()
+
+    monkeypatch.setitem(run.BUDGETS, "small", small)
+    assert run.main(["--output", str(tmp_path), "--budget", "small", "--seed", "3"]) == 0
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary["rules"]) == ["strict", "accept-all", "probability", "autojudge", "supervised", "oracle"]
+    for rule in summary["rules"].values():
+        assert {"tokens_per_target_call", "accuracy", "accuracy_loss_upper_95", "num_prompts"} <= rule.keys()
+    assert summary["rules"]["strict"]["num_prompts"] == small.world.num_test
+    assert not summary["rules"]["strict"]["is_lossy"]
+    assert summary["rules"]["probability"]["is_lossy"]
+    assert (tmp_path / "report" / "index.html").is_file()
+    printed = capsys.readouterr().out
+    assert "ok    area under the curve" in printed
+    assert "All rules but strict are lossy" in printed
+    assert run.main(["--output", str(tmp_path), "--budget", "small", "--seed", "3"]) == 0
+    assert capsys.readouterr().out.count("done before") == 6
