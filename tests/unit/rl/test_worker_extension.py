@@ -16,8 +16,13 @@ from verl_speculator.models import MLPSpeculator, MLPSpeculatorConfig
 pytest.importorskip("vllm")
 
 
-class Policy(nn.Linear):
+class Policy(nn.Module):
     """Loads by name and refuses what it does not know, as vLLM's models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Linear(16, 16)
+        self.model.layers = nn.ModuleList()
 
     def load_weights(self, weights):
         with torch.no_grad():
@@ -34,7 +39,7 @@ def speculator(seed: int) -> MLPSpeculator:
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
-    """A worker with the extension mixed in, as vLLM does it, whose runner serves a speculator."""
+    """What vLLM makes of the extension, with a runner that serves a speculator."""
     # verl looks for a distribution of that name, and vLLM's for CPU has another.
     metadata = tmp_path / "vllm-0.28.0+cpu.dist-info" / "METADATA"
     metadata.parent.mkdir()
@@ -43,17 +48,16 @@ def worker(tmp_path, monkeypatch):
     from verl_speculator.rl.worker_extension import SpeculatorWorkerExtension
     from verl_speculator.serving.served_chain import ServedChain
 
-    class Worker:
+    class Worker(SpeculatorWorkerExtension):
         def __init__(self, vllm_config):
             self.device, self.local_rank = torch.device("cpu"), 0
 
     vllm_config = SimpleNamespace(
         speculative_config=None, quant_config=None, model_config=SimpleNamespace(dtype=torch.float32, quantization=None)
     )
-    Worker.__bases__ = (SpeculatorWorkerExtension,)
     made = Worker(vllm_config=vllm_config)
     made.model_runner = SimpleNamespace(
-        model=Policy(16, 16),
+        model=Policy(),
         vllm_config=vllm_config,
         drafter=SimpleNamespace(chain=ServedChain(speculator(0))),
         get_draft_model=lambda: None,
@@ -70,8 +74,8 @@ def test_buckets_reach_policy_and_speculator_in_place(worker, tmp_path, monkeypa
     places = {name: tensor.data_ptr() for name, tensor in chain.state_dict().items()}
     new, weight = speculator(1), torch.randn(16, 16)
     sent = [
-        ("weight", weight),
-        ("bias", torch.zeros(16)),
+        ("model.weight", weight),
+        ("model.bias", torch.zeros(16)),
         *((f"speculator.{name}", tensor) for name, tensor in new.file_views(new.state_dict()).items()),
     ]
     # The speculator alone is more than one bucket.
@@ -81,7 +85,7 @@ def test_buckets_reach_policy_and_speculator_in_place(worker, tmp_path, monkeypa
     worker.update_weights_from_ipc(use_shm=True)
     sending.join(timeout=20)
 
-    torch.testing.assert_close(policy.weight.detach(), weight, rtol=0, atol=0)
+    torch.testing.assert_close(policy.model.weight.detach(), weight, rtol=0, atol=0)
     states, tokens = torch.randn(5, 32), torch.arange(5)
     assert torch.equal(chain.draft(states, tokens, 3), new.draft(states, tokens, 3))
     assert not torch.equal(chain.draft(states, tokens, 3), speculator(0).draft(states, tokens, 3))
