@@ -6,13 +6,15 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from verl_speculator.adapters.chain_adapter import ChainSpeculatorAdapter
 from verl_speculator.adapters.interface import SpeculatorAdapter
 from verl_speculator.adapters.lstm_adapter import LSTMSpeculatorAdapter
 from verl_speculator.adapters.mlp_adapter import MLPSpeculatorAdapter
 from verl_speculator.adapters.model_adapter import ModelAdapter
 from verl_speculator.errors import ConfigError
-from verl_speculator.models import ChainSpeculator, Speculator
+from verl_speculator.models import ChainSpeculator, Speculator, SpeculatorConfig
 from verl_speculator.models.config import algorithm_names
 from verl_speculator.models.importing import import_attribute, import_code
 from verl_speculator.models.speculator import config_class_of
@@ -77,6 +79,12 @@ def load_adapter_class(spec: Any) -> type[SpeculatorAdapter]:
 
 def _dotted(name: str) -> Any:
     return _OTHER_NAMES.get(name) or import_attribute(name, ADAPTER_KEY)
+
+
+def adapter_for(config: SpeculatorConfig) -> type[SpeculatorAdapter]:
+    """The adapter that trains on speculators with this configuration."""
+    with torch.device("meta"):
+        return adapter_of(type(Speculator.from_config(config)))
 
 
 def adapter_of(model_class: type[Speculator]) -> type[SpeculatorAdapter]:

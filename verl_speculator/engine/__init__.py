@@ -1,11 +1,12 @@
-"""Engines with a speculator. Importing this registers the FSDP one with verl."""
+"""Engines with a speculator. Importing this registers those of FSDP with verl."""
 
 import importlib
 
 from verl_speculator.engine.fsdp import FSDPEngineWithLMHeadAndSpeculator
+from verl_speculator.engine.policy import FSDPPolicyEngine
 from verl_speculator.platforms import cpu
 
-__all__ = ["FSDPEngineWithLMHeadAndSpeculator", "register_megatron"]
+__all__ = ["FSDPEngineWithLMHeadAndSpeculator", "FSDPPolicyEngine", "register_megatron"]
 
 
 def register_megatron() -> None:

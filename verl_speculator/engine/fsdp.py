@@ -45,9 +45,46 @@ from verl_speculator.engine.target_head import FrozenHead, full_head, target_hea
 from verl_speculator.losses import TargetHead
 
 
+class FSDPSpeculatorEngine(SpeculatorEngine, FSDPEngineWithLMHead):
+    """Where under FSDP the speculator finds what it needs of the base, whatever the engine does with both."""
+
+    def _base_modules(self) -> list[nn.Module]:
+        return [self.module]
+
+    def _trained_head(self) -> TargetHead:
+        return full_head(self.module)
+
+    def _base_matrices(self, base: Any) -> tuple[Tensor, Tensor]:
+        return base.get_input_embeddings().weight, output_embeddings(base).weight
+
+    def _why_no_target_of_strategy(self) -> str | None:
+        if not self.is_base_frozen and self.engine_config.strategy == "fsdp":
+            return "engine.strategy=fsdp flattens the vocabulary matrix of a base that trains"
+        return None
+
+    def _packed_states(self, micro_batch: TensorDict, output_args: dict[str, Any]) -> list[Tensor]:
+        """What the forward pass recorded, each [T, H], out of the layout in which the base ran."""
+        # Side by side, so that padding is dropped and slices are gathered once.
+        recorded = self._seen.take(self._state_keys())
+        states = recorded[0] if len(recorded) == 1 else torch.cat(recorded, dim=-1)
+        cu_seqlens = micro_batch["input_ids"].offsets()
+        if not tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
+            states = drop_padding(states, cu_seqlens)
+        elif self.use_ulysses_sp:
+            states = gather_sequence(states.squeeze(0), self.ulysses_parallel_group, output_args["pad_size"])
+        else:
+            states = states.squeeze(0)[: micro_batch["input_ids"].values().shape[0]]
+        return list(states.chunk(len(recorded), dim=-1))
+
+    def _rank_among_sharers(self) -> tuple[int, int]:
+        if not self.use_ulysses_sp:
+            return 0, 1
+        return torch.distributed.get_rank(self.ulysses_parallel_group), self.ulysses_sequence_parallel_size
+
+
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
 @EngineRegistry.register(model_type=MODEL_TYPE, backend="fsdp2", device="cpu")
-class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
+class FSDPEngineWithLMHeadAndSpeculator(FSDPSpeculatorEngine):
     """Trains a speculator on a frozen base model, or both together (`model.freeze_base_model=false`)."""
 
     # Building: verl calls these in this order.
@@ -92,11 +129,6 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         self._shard_speculator(self.device_mesh, PrecisionType.to_dtype(precision.get("reduce_dtype", "fp32")))
         return module
 
-    def _why_no_target_of_strategy(self) -> str | None:
-        if not self.is_base_frozen and self.engine_config.strategy == "fsdp":
-            return "engine.strategy=fsdp flattens the vocabulary matrix of a base that trains"
-        return None
-
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         params = list(self.adapter.get_optimizer_params())
         if not self.is_base_frozen:
@@ -109,15 +141,6 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
             given = config.override_optimizer_config or {}
             config = dataclasses.replace(config, override_optimizer_config={**adam_arguments(), **given})
         return build_optimizer(params, config)
-
-    def _base_modules(self) -> list[nn.Module]:
-        return [self.module]
-
-    def _trained_head(self) -> TargetHead:
-        return full_head(self.module)
-
-    def _base_matrices(self, base: Any) -> tuple[Tensor, Tensor]:
-        return base.get_input_embeddings().weight, output_embeddings(base).weight
 
     # A step
 
@@ -201,25 +224,6 @@ class FSDPEngineWithLMHeadAndSpeculator(SpeculatorEngine, FSDPEngineWithLMHead):
         )
         loss, _ = loss_function(model_output=model_output, data=micro_batch, dp_group=self.get_data_parallel_group())
         return loss
-
-    def _packed_states(self, micro_batch: TensorDict, output_args: dict[str, Any]) -> list[Tensor]:
-        """What the forward pass recorded, each [T, H], out of the layout in which the base ran."""
-        # Side by side, so that padding is dropped and slices are gathered once.
-        recorded = self._seen.take(self._state_keys())
-        states = recorded[0] if len(recorded) == 1 else torch.cat(recorded, dim=-1)
-        cu_seqlens = micro_batch["input_ids"].offsets()
-        if not tu.get_non_tensor_data(data=micro_batch, key="use_remove_padding", default=True):
-            states = drop_padding(states, cu_seqlens)
-        elif self.use_ulysses_sp:
-            states = gather_sequence(states.squeeze(0), self.ulysses_parallel_group, output_args["pad_size"])
-        else:
-            states = states.squeeze(0)[: micro_batch["input_ids"].values().shape[0]]
-        return list(states.chunk(len(recorded), dim=-1))
-
-    def _rank_among_sharers(self) -> tuple[int, int]:
-        if not self.use_ulysses_sp:
-            return 0, 1
-        return torch.distributed.get_rank(self.ulysses_parallel_group), self.ulysses_sequence_parallel_size
 
     @contextmanager
     def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Iterator[None]:

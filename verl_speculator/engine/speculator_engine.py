@@ -22,6 +22,7 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine.base import BaseEngine
 
 from verl_speculator.adapters import AdapterNeeds, SpeculatorAdapter, build_speculator_adapter
+from verl_speculator.adapters.finding import ADAPTER_KEY
 from verl_speculator.checkpoint.hidden_states import StatesCacheSettings
 from verl_speculator.checkpoint.layout import BASE_FOLDER
 from verl_speculator.checkpoint.training_state import (
@@ -73,6 +74,8 @@ class SpeculatorEngine(BaseEngine):
     _states_cache_settings: StatesCacheSettings | None = None
     # Whether all ranks run the speculator at once, so that its layers can be gathered one by one.
     _gathers_layers_apart = True
+    # What errors call the setting that chose the adapter.
+    _adapter_key = ADAPTER_KEY
     # As it was published; in joint training it may train in another one.
     _base_dtype: torch.dtype | None
 
@@ -83,8 +86,13 @@ class SpeculatorEngine(BaseEngine):
         self._base_dtype = base_dtype(model_config.hf_config)
 
     @property
+    def _options(self) -> Any:
+        """What is set of the speculator: an object with the fields that `SpeculatorModelConfig` adds to verl's."""
+        return self.model_config
+
+    @property
     def is_base_frozen(self) -> bool:
-        return self.model_config.freeze_base_model
+        return self._options.freeze_base_model
 
     def use_states_cache(self, settings: StatesCacheSettings) -> None:
         """Keep the hidden states of the frozen base in a folder; to be called before `initialize`."""
@@ -125,6 +133,9 @@ class SpeculatorEngine(BaseEngine):
 
     # Building
 
+    def _make_adapter(self) -> SpeculatorAdapter:
+        return build_speculator_adapter(self.model_config.speculator_adapter, self.model_config.speculator)
+
     def _build_speculator(self, base: nn.Module, why_no_target: str | None = None) -> None:
         """Make adapter and speculator, and settle what the engine has to provide.
 
@@ -135,15 +146,15 @@ class SpeculatorEngine(BaseEngine):
         Raises:
             ConfigError: the adapter needs what this base cannot give.
         """
-        config = self.model_config
-        self.adapter = build_speculator_adapter(config.speculator_adapter, config.speculator)
-        self.adapter.speculator = build_speculator(self.adapter, base, config.speculator_path, self.engine_config.seed)
-        if config.speculator_path is None and self.adapter.starts_from_base:
+        config, options = self.model_config, self._options
+        self.adapter = self._make_adapter()
+        self.adapter.speculator = build_speculator(self.adapter, base, options.speculator_path, self.engine_config.seed)
+        if options.speculator_path is None and self.adapter.starts_from_base:
             matrices = self._base_matrices(base)
             if torch.distributed.get_rank() == 0:
                 generator = torch.Generator().manual_seed(self.engine_config.seed)
                 self.adapter.start_from_base(*matrices, generator)
-        if config.compile:
+        if options.compile:
             compile_speculator(self.adapter.speculator)
         self.speculator_unit = SpeculatorUnit(self.adapter)
         self._needs = self.adapter.needs
@@ -153,7 +164,7 @@ class SpeculatorEngine(BaseEngine):
         self._why_no_target = why_no_target or why_unknown(config.hf_config, head)
         self._why_not_plain = self._why_no_target or why_not_plain(config.hf_config, head)
 
-        name = f"model.speculator_adapter: a {type(self.adapter).__name__}"
+        name = f"{self._adapter_key}: a {type(self.adapter).__name__}"
         why = self._why_not_plain if self._needs.target_head_weight else self._why_no_target
         if why and (self._needs.target_head_weight or self._needs.target_head):
             raise ConfigError(
@@ -177,7 +188,7 @@ class SpeculatorEngine(BaseEngine):
 
     @property
     def _needs_frozen_head(self) -> bool:
-        wanted = self._learns_from_target or self.model_config.measure_sampled_acceptance
+        wanted = self._learns_from_target or self._options.measure_sampled_acceptance
         return self.is_base_frozen and wanted and self._why_no_target is None
 
     @property
@@ -185,7 +196,7 @@ class SpeculatorEngine(BaseEngine):
         return self._needs.target_head_weight or self._needs.target_head
 
     def _shard_speculator(self, mesh: Any, reduce_dtype: torch.dtype) -> None:
-        mesh = speculator_mesh(self.model_config.speculator_shard_size, mesh)
+        mesh = speculator_mesh(self._options.speculator_shard_size, mesh)
         layers = getattr(self.adapter.speculator, "layers", []) if self._gathers_layers_apart else []
         shard(self.speculator_unit, mesh, MixedPrecisionPolicy(self._compute_dtype, reduce_dtype), layers)
         if self._frozen_head is not None:
@@ -230,7 +241,7 @@ class SpeculatorEngine(BaseEngine):
     @contextmanager
     def _target_gathered(self, forward_only: bool) -> Iterator[None]:
         """Have the base's vocabulary matrix at hand where it is asked for, in full and gathered once."""
-        wanted = self._learns_from_target or (forward_only and self.model_config.measure_sampled_acceptance)
+        wanted = self._learns_from_target or (forward_only and self._options.measure_sampled_acceptance)
         if not wanted or self._why_no_target is not None:
             yield
             return
@@ -258,7 +269,7 @@ class SpeculatorEngine(BaseEngine):
         Args:
             states: For each of `_state_keys`, [T, H].
         """
-        if self.is_base_frozen or self.model_config.detach_hidden_states:
+        if self.is_base_frozen or self._options.detach_hidden_states:
             states = [tensor.detach() for tensor in states]
         last, *aux = (tensor.to(self._compute_dtype) for tensor in states)
         input_ids, cu_seqlens = micro_batch["input_ids"].values(), micro_batch["input_ids"].offsets()
@@ -292,7 +303,7 @@ class SpeculatorEngine(BaseEngine):
         on each rank and reduced once.
         """
         unit = cast(FSDPModule, self.speculator_unit)
-        release = is_last or not self.model_config.gather_speculator_once
+        release = is_last or not self._options.gather_speculator_once
         unit.set_reshard_after_backward(release)
         unit.set_requires_gradient_sync(release)
 
@@ -308,7 +319,7 @@ class SpeculatorEngine(BaseEngine):
     ) -> None:
         """Write this step's files into `local_path`; every rank must call it."""
         folder = Path(local_path)
-        pytorch_bin = self.model_config.save_pytorch_model_bin
+        pytorch_bin = self._options.save_pytorch_model_bin
         save_speculator(folder, self.adapter.speculator, self.speculator_unit, PREFIX, pytorch_bin=pytorch_bin)
         save_training_state(folder, *self._training_state())
         if not self.is_base_frozen:
