@@ -149,8 +149,8 @@ def test_interpolations(monkeypatch) -> None:
 
 def test_verl_may_lie_in_a_folder_of_any_name(tmp_path, monkeypatch) -> None:
     copy = tmp_path / "it's a = b" / "config"
-    shutil.copytree(compose._verl_config_dir(), copy, ignore=shutil.ignore_patterns("*.py", "_generated*"))
-    monkeypatch.setattr(compose, "_verl_config_dir", lambda: copy)
+    shutil.copytree(compose.verl_config_dir(), copy, ignore=shutil.ignore_patterns("*.py", "_generated*"))
+    monkeypatch.setattr(compose, "verl_config_dir", lambda: copy)
     assert load_config(["optim.lr=3e-4"]).optim.lr == 3e-4
 
 
