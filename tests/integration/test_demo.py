@@ -35,7 +35,7 @@ def test_demo_leaves_a_measured_speculator_and_reuses_it(tmp_path, warm_python) 
     assert "1 written anew, and equal" in first.stdout
     page = (tmp_path / "report" / "index.html").read_text()
     assert "acceptance length" in first.stdout.lower()
-    assert "closed_loop_acceptance_length" in (tmp_path / "work" / "speculator" / "metrics.jsonl").read_text()
+    assert "train/acceptance_length" in (tmp_path / "work" / "speculator" / "metrics.jsonl").read_text()
     assert "Training" in page
     assert (tmp_path / "base" / "config.json").is_file()
     assert AutoTokenizer.from_pretrained(tmp_path / "base").eos_token == "<|im_end|>"

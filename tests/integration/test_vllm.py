@@ -295,7 +295,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def _wait_until_ready(address: str, process: subprocess.Popen, log: Path) -> None:
-    for _ in range(1200):
+    for _ in range(2400):
         assert process.poll() is None, log.read_text()[-6000:]
         try:
             with urllib.request.urlopen(f"{address}/health", timeout=2):
