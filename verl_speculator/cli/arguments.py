@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -123,3 +123,20 @@ def settings_of(args: argparse.Namespace) -> EvaluationSettings:
     for name in ("num_draft_tokens", "accept"):
         values[name] = tuple(values.get(name) or ())
     return EvaluationSettings(**values)
+
+
+def add_subcommands(parser: argparse.ArgumentParser, commands: Mapping[str, Any], dest: str) -> None:
+    """Give a command subcommands: modules with `PURPOSE`, `DESCRIPTION`, `add_arguments` and `run`.
+
+    The chosen one's `run` is then `args.run_subcommand`.
+    """
+    subparsers = parser.add_subparsers(dest=dest, metavar="COMMAND", required=True)
+    for name, module in commands.items():
+        command = subparsers.add_parser(
+            name,
+            help=module.PURPOSE,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run_subcommand=module.run)
+        module.add_arguments(command)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from verl_speculator.cli import scorer_data, scorer_evaluate, scorer_fit, scorer_label, scorer_train
+from verl_speculator.cli.arguments import add_subcommands
 
 PURPOSE = "train and measure a scorer that accepts harmless draft/target mismatches (lossy)"
 DESCRIPTION = """\
@@ -29,18 +30,9 @@ _COMMANDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="scorer_command", metavar="COMMAND", required=True)
-    for name, module in _COMMANDS.items():
-        command = commands.add_parser(
-            name,
-            help=module.PURPOSE,
-            description=module.DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(run_scorer_command=module.run)
-        module.add_arguments(command)
+    add_subcommands(parser, _COMMANDS, "scorer_command")
 
 
 def run(args: argparse.Namespace) -> int | None:
-    status: int | None = args.run_scorer_command(args)
+    status: int | None = args.run_subcommand(args)
     return status

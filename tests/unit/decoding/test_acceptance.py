@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tests.unit.decoding.support import build_model, greedy_by_transformers, pad_left
+from tests.unit.decoding.support import build_model, build_noisy_model, greedy_by_transformers, pad_left
 from verl_speculator.decoding import (
     DraftModel,
     NgramDrafter,
@@ -31,13 +31,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def draft(target):
-    """The target with some noise: it agrees now and then."""
-    model = build_model("llama", seed=3)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.08 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
-    return model
+    return build_noisy_model("llama", seed=3)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.decoding.support import build_model
+from tests.unit.decoding.support import build_model, build_noisy_model
 from verl_speculator.base_model.loading import Target
 from verl_speculator.decoding import DraftModel
 from verl_speculator.scorer.answers import AnswerCheck
@@ -34,12 +34,7 @@ def target():
 
 @pytest.fixture(scope="session")
 def draft_model(target):
-    model = build_model("llama", seed=3)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.08 * parameter.abs().mean() * torch.randn(parameter.shape, generator=generator)
-    return model
+    return build_noisy_model("llama", seed=3)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tests.support.windows import SCALAR_NAMES, make_window
 from verl_speculator.platforms import cpu
 from verl_speculator.scorer.model import AutoModelForSPDScoring
 from verl_speculator.scorer.playing import score_windows
-from verl_speculator.scorer.spd_rollout import Actions, Sample, row_fields
+from verl_speculator.scorer.spd_samples import Actions, Sample, row_fields
 
 CONTEXT, DRAFTS, TARGETS = [5, 6, 9, 30], [1, 2, 3, 4], [1, 8, 3, 7, 11]  # slots 1 and 3 differ
 PROMPT = {"uid": "u", "data_source": "spd", "reward_model": {}, "extra_info": {}}

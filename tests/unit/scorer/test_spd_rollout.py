@@ -17,8 +17,8 @@ from verl_speculator.scorer.playing import Decision, PlayedAnswer
 from verl_speculator.scorer.settings import OWN_SCORE
 from verl_speculator.scorer.spd_dataset import SPDRLHFDataset
 from verl_speculator.scorer.spd_reward_manager import SPDRewardManager
-from verl_speculator.scorer.spd_rollout import (
-    SPDRollout,
+from verl_speculator.scorer.spd_rollout import SPDRollout
+from verl_speculator.scorer.spd_samples import (
     answer_sequences,
     decide,
     kept_drafts,
