@@ -127,12 +127,10 @@ def _read_schedule(text: str | None) -> list[list[int]] | None:
 
 def _absolute(rule: str | None) -> str | None:
     """The rule with scorers' folders under names that hold wherever a worker of vLLM starts."""
-    from verl_speculator.scorer.rule import SCORER, scorer_folders
+    from verl_speculator.scorer.rule import scorer_folders, written
 
-    folders, threshold = scorer_folders(rule or "")
-    if not folders:
-        return rule
-    return f"{SCORER}:{'+'.join(map(os.path.abspath, folders))}{'' if threshold is None else f'@{threshold}'}"
+    folders, thresholds = scorer_folders(rule or "")
+    return written([os.path.abspath(folder) for folder in folders], thresholds) if folders else rule
 
 
 def _tune(args: argparse.Namespace, base: str, speculator: str, rest: Sequence[str], accept: str | None) -> int:

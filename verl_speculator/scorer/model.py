@@ -138,7 +138,8 @@ class ScoringActor(nn.Module):
 
     def score_tokens(self, verification: Verification) -> Tensor:
         """Probability [B, k] of accepting each draft; 1 where it matches."""
-        return self.decision_logits(verification).div(self.scoring_config.temperature).softmax(-1)[..., 1]
+        log_odds = self.decision_logits(verification).diff(dim=-1).squeeze(-1)
+        return self.scoring_config.normalise(log_odds).sigmoid()
 
     def decision_logits(self, verification: Verification) -> Tensor:
         """Logits [B, k, 2] of each draft, as `forward` gives them for the same window."""
