@@ -68,7 +68,7 @@ def write_world(folder: Path) -> None:
     eagle.load_verifier_weights(base.get_input_embeddings().weight, base.lm_head.weight)
     eagle.save_pretrained(folder / "eagle3")
     serving_world.write_scorer(folder / "scorer", base)
-    stop, rule = reference["tokens"][1][-4], f"scorer:{folder / 'scorer'}@0.5"
+    stop, rule = reference["tokens"][1][-4], f"scorer:{folder / 'scorer'}@0.4"
     strict, lossy = (
         serving_world.decode_lossily(base, speculators["lstm"], accept, prompts, NEW_TOKENS, stop)
         for accept in ("strict", rule)

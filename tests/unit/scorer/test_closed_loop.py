@@ -23,6 +23,7 @@ from verl_speculator.scorer.closed_loop import (
 from verl_speculator.scorer.comparison import ComparisonSettings, RuleSpec, compare_rules
 from verl_speculator.scorer.config import ScoringModelConfig
 from verl_speculator.scorer.model import AutoModelForSPDScoring
+from verl_speculator.scorer.rule import ScorerRule
 
 
 def answered(correct, calls, tokens=10):
@@ -130,6 +131,34 @@ def test_a_comparison_from_rules_to_a_page(target, drafter, questions, check, tm
     )
     assert "strict (lossless)" in format_rules(values)
     assert "<svg" in page
+
+
+def test_thresholds_are_chosen_by_the_place_in_the_answer(target, drafter, questions, check, tmp_path):
+    torch.manual_seed(0)
+    actor = AutoModelForSPDScoring.from_config(ScoringModelConfig(32, inner_dim=8), target.model)
+    torch.nn.init.normal_(actor.head.out.weight)
+    actor.save_pretrained(tmp_path / "head")
+    specs = [RuleSpec.parse(f"scorer:{tmp_path / 'head'}")]
+
+    def measured(places):
+        options = ComparisonSettings(NUM_DRAFTS, NEW, 6, accuracy_bound=0.6, threshold_places=places)
+        return compare_rules(target, drafter, questions, questions, specs, options, check=check)
+
+    once, by_place = measured(()), measured((3, 9))
+    chosen = by_place.choices["head"].by_position
+    assert once.choices["head"].by_position == ()
+    assert len(chosen) > 1, "places that change nothing here test nothing"
+    assert chosen[0] == (0, once.choices["head"].setting)
+    assert {place for place, _ in chosen} <= {0, 3, 9}
+    # Chosen and measured on the same questions: it saves more, and keeps the bound.
+    best = by_place.results["head"]
+    assert best.tokens_per_target_call > once.results["head"].tokens_per_target_call
+    assert best.accuracy_loss_upper_95 <= 0.6
+    by_hand = answer_questions(
+        target, drafter, questions, lambda batch: ScorerRule(actor, chosen),
+        num_drafts=NUM_DRAFTS, max_new_tokens=NEW, batch_size=6, check=check,
+    )  # fmt: skip
+    assert by_hand.tokens_per_target_call == best.tokens_per_target_call
 
 
 def test_rules_that_are_no_rules(tmp_path):

@@ -101,7 +101,7 @@ def rows_of(requests: list[Request]) -> VerifiedRows:
     )
 
 
-@pytest.mark.parametrize("name", ["accept-all", "top-k:3", "kl:1.5", "entropy:0.3", "scorer"])
+@pytest.mark.parametrize("name", ["accept-all", "top-k:3", "kl:1.5", "entropy:0.1,0", "scorer"])
 def test_rows_of_random_steps(name: str) -> None:
     generator = random.Random(1)
     torch.manual_seed(1)
