@@ -26,8 +26,8 @@ class ScorerRule:
     ) -> None:
         """`threshold` may differ by the place in the answer; None takes the first scorer's own."""
         self.scorers = [scorers] if isinstance(scorers, ScoringActor) else list(scorers)
-        config = self.scorers[0].scoring_config
         if threshold is None:
+            config = self.scorers[0].scoring_config
             threshold = ((0, config.threshold), *config.thresholds_by_position)
         self.thresholds = ((0, threshold),) if isinstance(threshold, int | float) else threshold
 
