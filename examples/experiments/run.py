@@ -67,7 +67,7 @@ class Experiments:
             "data.train_files": self._rows(run),
             "data.val_files": self.data / "val.parquet",
             "data.hidden_states_cache": self.output / "states",
-            "data.seed": seed,
+            "+data.seed": seed,
             "engine.seed": seed,
             "trainer.save_freq": -1,
             "trainer.test_freq": -1,
