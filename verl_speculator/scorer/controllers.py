@@ -70,8 +70,9 @@ class Controllers:
 
     @property
     def score_scale(self) -> float:
-        # Where all scores are the same there is nothing to bring to a common size.
-        return max(math.sqrt(self.score_variance), 1e-3) if self.has_statistics else 1.0
+        # Where all scores are the same, as a fresh head's are, there is nothing to bring to a common size.
+        deviation = math.sqrt(self.score_variance)
+        return deviation if deviation > 1e-3 else 1.0
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

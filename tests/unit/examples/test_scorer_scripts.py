@@ -85,7 +85,7 @@ def check(commands: list[list[str]]) -> list[str]:
 
 def test_llama_on_gsm8k(called, base_model, tmp_path) -> None:
     """On a machine without GPUs and without the models: the tiny base stands for both."""
-    data, output = tmp_path / "gsm8k", tmp_path / "it's out"
+    data, output = tmp_path / "gsm8k", tmp_path / "out"
     data.mkdir()
     chats = [
         [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a #### {i}"}] for i in range(600)
