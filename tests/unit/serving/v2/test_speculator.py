@@ -170,6 +170,7 @@ def test_drafts_after_sleep_are_those_before(level: int, kind: str, settings, dr
         model_config=model_config,
         load_config=SimpleNamespace(download_dir=None),
     )
+    drafter.speculative_config = drafter.vllm_config.speculative_config
     monkeypatch.setattr(served_chain, "_shard", lambda speculator: None)
     monkeypatch.setattr(base_state, "find_state", lambda *_: None)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda *_: None)
