@@ -41,20 +41,26 @@ class Experiment:
         self.scorers = output / "scorers"
         self.windows, self.labelled = self.work / "windows.parquet", self.work / "labelled.parquet"
 
-    def make_world(self, progress: Progress) -> str:
-        world = self.budget.world
-        sizes = {"train": world.num_train, "validation": world.num_validation, "test": world.num_test}
+    def train_target(self, progress: Progress) -> str:
+        solved = train_model("target", self.budget.world.target, self.target, self.budget.world.seed, progress.update)
+        return f"a target trained from nothing; {solved}"
+
+    def train_draft(self, progress: Progress) -> str:
+        solved = train_model("draft", self.budget.world.draft, self.draft, self.budget.world.seed, progress.update)
+        return f"a weaker draft with other habits; {solved}"
+
+    def ask(self, progress: Progress) -> str:
+        sizes = self.questions()
         for number, (split, count) in enumerate(sizes.items()):
-            write_questions(self.data / f"{split}.parquet", count, seed=1000 * world.seed + number)
-        for speaker, settings, folder in (
-            ("target", world.target, self.target),
-            ("draft", world.draft, self.draft),
-        ):
-            train_model(speaker, settings, folder, world.seed, progress.update)
-        return f"a target and a draft trained from nothing, questions for training, validation and test: {sizes}"
+            write_questions(self.data / f"{split}.parquet", count, seed=1000 * self.budget.world.seed + number)
+        return f"questions: {', '.join(f'{count} for {split}' for split, count in sizes.items())}"
+
+    def questions(self) -> dict[str, int]:
+        world = self.budget.world
+        return {"training": world.num_train, "validation": world.num_validation, "test": world.num_test}
 
     def make_windows(self, progress: Progress) -> str:
-        data = ["--data", str(self.data / "train.parquet")]
+        data = ["--data", str(self.data / "training.parquet")]
         printed = self._run("data", [*self._models(), *data, "--output", str(self.windows)], progress)
         label = ["--base", str(self.target), "--windows", str(self.windows), "--output", str(self.labelled)]
         labels = self._run("label", [*label, "--batch-size", str(self.budget.decoding.batch_size)], progress)
@@ -131,7 +137,12 @@ class Experiment:
                 f"data.seed={self.budget.world.seed}",
                 f"rollout.seed={self.budget.world.seed}",
                 f"rollout.n={settings.num_samples}",
+                f"rollout.temperature={settings.temperature}",
                 f"actor.optim.lr={settings.learning_rate}",
+                f"reward.reward_kwargs.cost={settings.cost}",
+                f"reward.reward_kwargs.cost_step={settings.cost_step}",
+                # A step draws from the very policy that it updates.
+                "algorithm.rollout_correction.bypass_mode=true",
                 "trainer.total_epochs=1000",
                 f"trainer.total_training_steps={steps}",
                 "trainer.test_freq=-1",
@@ -188,7 +199,7 @@ def training_step(line: str) -> str | None:
     return f"step {step[1]}" + "".join(f"  {name} {float(match[1]):.3f}" for name, match in found.items() if match)
 
 
-def summarize(evaluation: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+def summarize(evaluation: dict[str, Any], seconds: dict[str, float], cpu_seconds: dict[str, float]) -> dict[str, Any]:
     """For each rule what it saves and costs, and how long everything took."""
     names = (
         "tokens_per_target_call",
@@ -206,6 +217,7 @@ def summarize(evaluation: dict[str, Any], seconds: dict[str, float]) -> dict[str
         "accuracy_bound": evaluation["accuracy_bound"],
         "seconds": round(sum(seconds.values()), 1),
         "seconds_per_stage": {stage: round(value, 1) for stage, value in seconds.items()},
+        "cpu_seconds_per_stage": {stage: round(value, 1) for stage, value in cpu_seconds.items()},
     }
 
 
@@ -227,7 +239,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget = replace(budget, world=replace(budget.world, seed=options.seed))
     run, stages, start = Experiment(output, budget), Stages(output), time.monotonic()
     print(f"verl_speculator scorer, budget {options.budget}, in {options.output}\n")
-    stages.run("world", budget.world, run.make_world, [run.target / "config.json", run.draft / "config.json"])
+    world = budget.world
+    for name, settings, work, folder in (
+        ("target", world.target, run.train_target, run.target),
+        ("draft", world.draft, run.train_draft, run.draft),
+    ):
+        stages.run(name, {"seed": world.seed, **asdict(settings)}, work, [folder / "config.json"])
+    stages.run("questions", run.questions(), run.ask, [run.data / "test.parquet"])
     stages.run("windows", budget.decoding, run.make_windows, [run.labelled])
     stages.run("gates", budget.gates, run.check_world)
     stages.run("heads", budget.head, run.fit_heads, [run.scorers / HEAD, run.scorers / LINEAR])
@@ -235,13 +253,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = run.work / "evaluation.json"
     stages.run("evaluate", budget.evaluation, run.evaluate, [found, output / "report" / "index.html"])
 
-    summary = summarize(json.loads(found.read_text()), stages.seconds)
+    summary = summarize(json.loads(found.read_text()), stages.seconds, stages.cpu_seconds)
     (output / "summary.json").write_text(json.dumps({**summary, "settings": asdict(budget)}, indent=2) + "\n")
     print(f"""
   All rules but strict are lossy: they keep tokens that the target would not have written.
 
 {(run.work / "evaluation.txt").read_text()}
   this run             {time.monotonic() - start:.0f} s
+  all stages           {sum(stages.seconds.values()):.0f} s, of CPU {sum(stages.cpu_seconds.values()):.0f} s: {
+        ", ".join(f"{stage} {value:.0f}" for stage, value in stages.cpu_seconds.items())
+    }
 
   Look at {output / "report" / "index.html"} in a browser: what each rule saves and costs, and answers in which the
   accepted mismatches are marked. The figures are in {output / "summary.json"}.

@@ -26,11 +26,15 @@ class GrpoSettings:
     """GRPO from the supervised head: on windows, and on whole answers; 0 steps leave one out."""
 
     window_steps: int = 100
-    window_batch_size: int = 128
-    answer_steps: int = 60
+    window_batch_size: int = 64
+    answer_steps: int = 80
     answer_batch_size: int = 32
     num_samples: int = 8
     learning_rate: float = 1e-3
+    # The head from labels is sure of nearly everything: drawn at 1, all samples of a group would be the same.
+    temperature: float = 2.5
+    cost: float = 0.3
+    cost_step: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,14 @@ BUDGETS = {
     "full": Budget(),
     "demo": Budget(
         world=WorldSettings(
-            target=ModelSettings(64, 3, 1500, batch_size=48, stop_at=0.86),
-            draft=ModelSettings(48, 2, 500, batch_size=48),
+            target=ModelSettings(64, 3, 1500, batch_size=48, stop_at=0.97),
+            draft=ModelSettings(64, 2, 1200, batch_size=48, stop_at=0.75),
             num_train=2000,
-            num_validation=600,
+            num_validation=1000,
             num_test=2000,
         ),
         head=HeadSettings(num_epochs=20),
-        grpo=GrpoSettings(window_steps=30, answer_steps=20),
+        grpo=GrpoSettings(window_steps=30, window_batch_size=48, answer_steps=40, answer_batch_size=24),
     ),
     # The machinery alone: its models are wrong about everything.
     "small": Budget(
