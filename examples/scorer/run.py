@@ -24,7 +24,7 @@ import torch
 
 from examples.demo.settings import hydra_path
 from examples.demo.stages import Progress, Stages, bar_progress, run_command
-from examples.scorer.settings import BUDGETS, Budget
+from examples.scorer.settings import BUDGETS, Budget, GrpoSettings
 from examples.scorer.world import train_model, write_questions
 
 HEAD, LINEAR = "supervised", "autojudge"
@@ -110,49 +110,49 @@ class Experiment:
         self._run("fit", [*common, "--linear", "--output", str(self.scorers / LINEAR)], progress, name="fit-linear")
         return _last(printed)
 
-    def train(self, progress: Progress) -> str:
-        """GRPO twice, each from the head that labels have taught."""
-        settings, decoding = self.budget.grpo, self.budget.decoding
+    def train_on_windows(self, progress: Progress) -> str:
+        return self._train(WINDOWS, self.budget.windows, [], progress)
+
+    def train_on_answers(self, progress: Progress) -> str:
+        decoding = self.budget.decoding
         closed_loop = [
             "rollout.closed_loop=true",
             f"rollout.draft_model_path={hydra_path(self.draft)}",
             f"rollout.num_draft_tokens={decoding.num_drafts}",
             f"rollout.max_new_tokens={decoding.max_new_tokens}",
         ]
-        done = []
-        for name, steps, batch_size, more in (
-            (WINDOWS, settings.window_steps, settings.window_batch_size, []),
-            (ANSWERS, settings.answer_steps, settings.answer_batch_size, closed_loop),
-        ):
-            folder, run = self.scorers / name, self.work / name
-            for old in (folder, run):
-                shutil.rmtree(old, ignore_errors=True)
-            if not steps:
-                continue
-            common = [
-                f"rollout.target_model_path={hydra_path(self.target)}",
-                f"model.scorer.path={hydra_path(self.scorers / HEAD)}",
-                f"data.train_files={hydra_path(self.labelled)}",
-                f"data.train_batch_size={batch_size}",
-                f"data.seed={self.budget.world.seed}",
-                f"rollout.seed={self.budget.world.seed}",
-                f"rollout.n={settings.num_samples}",
-                f"rollout.temperature={settings.temperature}",
-                f"actor.optim.lr={settings.learning_rate}",
-                f"reward.reward_kwargs.cost={settings.cost}",
-                f"reward.reward_kwargs.cost_step={settings.cost_step}",
-                # A step draws from the very policy that it updates.
-                "algorithm.rollout_correction.bypass_mode=true",
-                "trainer.total_epochs=1000",
-                f"trainer.total_training_steps={steps}",
-                "trainer.test_freq=-1",
-                f"trainer.save_freq={steps}",
-                f"trainer.default_local_dir={hydra_path(run)}",
-            ]
-            self._run("train", [*common, *more], progress, name=name, describe=training_step)
-            shutil.copytree(run / f"global_step_{steps}" / "actor" / "scorer", folder)
-            done.append(f"{steps} steps of {name}")
-        return f"GRPO with verl: {', '.join(done)}"
+        return self._train(ANSWERS, self.budget.answers, closed_loop, progress)
+
+    def _train(self, name: str, settings: GrpoSettings, more: list[str], progress: Progress) -> str:
+        """GRPO with verl, from the head that labels have taught."""
+        folder, run = self.scorers / name, self.work / name
+        for old in (folder, run):
+            shutil.rmtree(old, ignore_errors=True)
+        if not settings.steps:
+            return "left out"
+        overrides = [
+            f"rollout.target_model_path={hydra_path(self.target)}",
+            f"model.scorer.path={hydra_path(self.scorers / HEAD)}",
+            f"data.train_files={hydra_path(self.labelled)}",
+            f"data.train_batch_size={settings.batch_size}",
+            f"data.seed={self.budget.world.seed}",
+            f"rollout.seed={self.budget.world.seed}",
+            f"rollout.n={settings.num_samples}",
+            f"rollout.temperature={settings.temperature}",
+            f"actor.optim.lr={settings.learning_rate}",
+            f"reward.reward_kwargs.cost={settings.cost}",
+            f"reward.reward_kwargs.cost_step={settings.cost_step}",
+            # A step draws from the very policy that it updates.
+            "algorithm.rollout_correction.bypass_mode=true",
+            "trainer.total_epochs=1000",
+            f"trainer.total_training_steps={settings.steps}",
+            "trainer.test_freq=-1",
+            f"trainer.save_freq={settings.steps}",
+            f"trainer.default_local_dir={hydra_path(run)}",
+        ]
+        self._run("train", [*overrides, *more], progress, name=name, describe=training_step)
+        shutil.copytree(run / f"global_step_{settings.steps}" / "actor" / "scorer", folder)
+        return f"{settings.steps} steps of GRPO with verl"
 
     def evaluate(self, progress: Progress) -> str:
         settings, found = self.budget.evaluation, self.work / "evaluation.json"
@@ -249,7 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages.run("windows", budget.decoding, run.make_windows, [run.labelled])
     stages.run("gates", budget.gates, run.check_world)
     stages.run("heads", budget.head, run.fit_heads, [run.scorers / HEAD, run.scorers / LINEAR])
-    stages.run("grpo", budget.grpo, run.train)
+    stages.run("windows-rl", budget.windows, run.train_on_windows)
+    stages.run("answers-rl", budget.answers, run.train_on_answers)
     found = run.work / "evaluation.json"
     stages.run("evaluate", budget.evaluation, run.evaluate, [found, output / "report" / "index.html"])
 
