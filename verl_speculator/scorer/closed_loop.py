@@ -205,18 +205,23 @@ def choose_setting(
 ) -> Choice:
     """The setting with most tokens per target call among those whose accuracy loss stays below the bound.
 
-    `settings` go from careful to bold: once two in a row break the bound, the bolder ones are not tried.
+    `settings` go from careful to bold, and bolder ones lose more: the boldest that keeps the bound is found by halving.
 
     Raises:
         ConfigError: A bound that is not above 0.
     """
     if not 0 < accuracy_bound < 1:
         raise ConfigError(f"accuracy_bound={accuracy_bound} must be between 0 and 1: points of accuracy over 100")
-    tried: list[RuleResult] = []
-    for setting in settings:
-        tried.append(compare(name, setting, decode(setting), strict))
-        if len(tried) > 1 and all(one.accuracy_loss_upper_95 > accuracy_bound for one in tried[-2:]):
-            break
+    found: dict[int, RuleResult] = {}
+    first, last = 0, len(settings)  # what lies before `first` keeps the bound, and from `last` on breaks it
+    while first < last:
+        middle = (first + last) // 2
+        found[middle] = compare(name, settings[middle], decode(settings[middle]), strict)
+        if found[middle].accuracy_loss_upper_95 <= accuracy_bound:
+            first = middle + 1
+        else:
+            last = middle
+    tried = [found[index] for index in sorted(found)]
     kept = [one for one in tried if one.accuracy_loss_upper_95 <= accuracy_bound]
     best = max(kept, key=lambda one: one.tokens_per_target_call, default=None)
     if best is None or best.tokens_per_target_call <= strict.tokens_per_target_call:
