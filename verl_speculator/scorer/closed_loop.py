@@ -232,4 +232,5 @@ def choose_setting(
 def score_quantiles(scores: Tensor, count: int) -> list[float]:
     """Thresholds from careful to bold that let through ever more of the mismatches with these `scores [N]`."""
     shares = torch.linspace(1 - 1 / (count + 1), 1 / (count + 1), count, dtype=torch.float64)
-    return sorted({round(value, 6) for value in scores.double().quantile(shares).tolist()}, reverse=True)
+    # Not rounded: a head that is sure has many scores close to 1.
+    return sorted(set(scores.double().quantile(shares).tolist()), reverse=True)

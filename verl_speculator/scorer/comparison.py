@@ -40,7 +40,7 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "margin": (0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.2),
     "entropy": (0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05),
 }
-_THRESHOLDS = 30
+_THRESHOLDS = 120  # of which seven are tried
 
 
 @dataclass(frozen=True)
