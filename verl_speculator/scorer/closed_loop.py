@@ -193,6 +193,8 @@ class Choice:
 
     setting: float | None  # None: nothing kept the bound but strict decoding
     tried: list[RuleResult]
+    # Where thresholds were chosen by the place in the answer: all of them, that of place 0 among them.
+    by_position: tuple[tuple[int, float], ...] = ()
 
 
 def choose_setting(
