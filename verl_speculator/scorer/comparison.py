@@ -220,6 +220,7 @@ def _by_position(
     assert choice.setting is not None
     chosen: Thresholds = ((0, choice.setting),)
     tried = list(choice.tried)
+    saved = max((one.tokens_per_target_call for one in choice.tried if one.setting == choice.setting), default=0.0)
     for place in settings.threshold_places:
 
         def from_here_on(setting: float, before: Thresholds = chosen, place: int = place) -> Answered:
@@ -228,9 +229,9 @@ def _by_position(
 
         found = choose_setting(spec.label, grid, from_here_on, strict, accuracy_bound=settings.accuracy_bound)
         tried += found.tried
-        # The grid has the threshold that is there already, so the best of it is no worse.
-        if found.setting is not None and found.setting != chosen[-1][1]:
-            chosen = (*chosen, (place, found.setting))
+        best = max((one.tokens_per_target_call for one in found.tried if one.setting == found.setting), default=0.0)
+        if found.setting is not None and found.setting != chosen[-1][1] and best > saved:
+            chosen, saved = (*chosen, (place, found.setting)), best
     return Choice(choice.setting, tried, chosen if len(chosen) > 1 else ())
 
 
