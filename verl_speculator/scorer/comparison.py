@@ -33,14 +33,14 @@ from verl_speculator.scorer.rule import ScorerRule, Thresholds, check_rule, load
 
 # From careful to bold.
 GRIDS: dict[str, tuple[float, ...]] = {
-    "random": (0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
-    "probability": (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01, 0.003),
+    "random": (0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
+    "probability": (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.003),
     "top-k": (2, 3, 4, 6, 10),
-    "kl": (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0),
-    "margin": (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.4, 0.2),
-    "entropy": (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05),
+    "kl": (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0),
+    "margin": (0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.2),
+    "entropy": (0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05),
 }
-_THRESHOLDS_TRIED = 14
+_THRESHOLDS = 120  # of which seven are tried
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def _choose(
     if isinstance(rule, ScorerRule):
         listener = _Listener(rule)
         decode(lambda batch: listener, f"{spec.label}, scores")
-        grid = score_quantiles(torch.cat(listener.heard), _THRESHOLDS_TRIED) if listener.heard else ()
+        grid = score_quantiles(torch.cat(listener.heard), _THRESHOLDS) if listener.heard else ()
 
     def with_setting(setting: float) -> Answered:
         made = ScorerRule(rule.scorers, setting) if isinstance(rule, ScorerRule) else spec.make(target, setting)
@@ -220,6 +220,7 @@ def _by_position(
     assert choice.setting is not None
     chosen: Thresholds = ((0, choice.setting),)
     tried = list(choice.tried)
+    saved = max((one.tokens_per_target_call for one in choice.tried if one.setting == choice.setting), default=0.0)
     for place in settings.threshold_places:
 
         def from_here_on(setting: float, before: Thresholds = chosen, place: int = place) -> Answered:
@@ -228,9 +229,9 @@ def _by_position(
 
         found = choose_setting(spec.label, grid, from_here_on, strict, accuracy_bound=settings.accuracy_bound)
         tried += found.tried
-        # The grid has the threshold that is there already, so the best of it is no worse.
-        if found.setting is not None and found.setting != chosen[-1][1]:
-            chosen = (*chosen, (place, found.setting))
+        best = max((one.tokens_per_target_call for one in found.tried if one.setting == found.setting), default=0.0)
+        if found.setting is not None and found.setting != chosen[-1][1] and best > saved:
+            chosen, saved = (*chosen, (place, found.setting)), best
     return Choice(choice.setting, tried, chosen if len(chosen) > 1 else ())
 
 

@@ -135,9 +135,12 @@ def finish(config: Any) -> None:
     if config.method == V2_METHOD:
         # Without these, vLLM's own speculator of this name fails should it ever be made in place of ours.
         config.prompt_lookup_min = config.prompt_lookup_max = None
-        if target.enable_sleep_mode and "draft.*" not in target.sleep_preserve_parameter_names:
+        if target.enable_sleep_mode:
             # Else sleep at level 2 would discard the speculator, and nobody would bring it back.
-            target.sleep_preserve_parameter_names = [*target.sleep_preserve_parameter_names, "draft.*"]
+            kept = getattr(target, "sleep_preserve_parameter_names", None)
+            if kept is None:
+                raise moved("its ModelConfig has no sleep_preserve_parameter_names any more")
+            target.sleep_preserve_parameter_names = list(dict.fromkeys([*kept, "draft.*"]))
     else:
         # A drafter that reads positions must stop before its longest text, and vLLM then stops it for all requests of a
         # step at once. Ours reads none.
