@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from verl_speculator.errors import ConfigError
 from verl_speculator.serving.compatibility import require_parameters, wrap
 
 # The attribute of a speculative configuration that names the rule, for the processes that get the configuration.
@@ -55,15 +54,18 @@ def is_lossy(params: Any) -> bool:
 
 
 def check_request(params: Any) -> None:
-    """Raise ConfigError, which vLLM answers as a bad request, for what cannot be had of a lossy answer."""
+    """Raise vLLM's own error for a bad request, which its server answers with 400, where a lossy answer cannot be."""
     if not is_lossy(params):
         return
+    from vllm.exceptions import VLLMValidationError
+
     for name, values in WITHOUT_RULE_ONLY.items():
         value = getattr(params, name, values[0])
         if value not in values:
-            raise ConfigError(
+            raise VLLMValidationError(
                 f"{name}={value!r} cannot be had with this server's acceptance rule, which is lossy: set it to "
-                f'{values[0]}, or ask for a lossless answer, {{"{OPT_OUT}": false}} in extra_args (HTTP: vllm_xargs).'
+                f'{values[0]}, or ask for a lossless answer, {{"{OPT_OUT}": false}} in extra_args (HTTP: vllm_xargs).',
+                parameter=name,
             )
 
 

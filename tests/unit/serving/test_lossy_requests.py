@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from verl_speculator.errors import ConfigError
 from verl_speculator.serving import lossy_requests
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -54,7 +53,9 @@ def test_what_changes_or_tells_logits_is_refused(settings) -> None:
     lossy_requests.install()
     ruled = SimpleNamespace(**{lossy_requests.RULE: "accept-all"}, enable_adaptive_verification=False)
     (name,) = settings
-    with pytest.raises(ConfigError, match=f"{name}=.* cannot be had with this server's acceptance rule"):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=f"{name}=.* cannot be had with this server's acceptance rule"):
         params(**settings)._validate_spec_decode(ruled)
     params(**settings, extra_args={"lossy": False})._validate_spec_decode(ruled)
     params(**settings)._validate_spec_decode(SimpleNamespace(enable_adaptive_verification=False))
