@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,39 @@ SPECULATORS = {
 TRAINING_STEPS = 70
 NEW_TOKENS = 60
 PAGE = Path(__file__).parents[2] / "docs" / "adding_an_algorithm.md"
+
+
+def read_states(base: Any, rows: list[torch.Tensor], layer_ids: list[int]) -> dict[str, torch.Tensor]:
+    """What a speculator of a transformer's layers is called with in training, for some sequences of tokens."""
+    with torch.no_grad():
+        outputs = [base.model(ids[None], output_hidden_states=True) for ids in rows]
+    return {
+        "hidden_states": torch.cat(
+            [torch.cat([o.hidden_states[i] for i in layer_ids], dim=-1) for o in outputs], dim=1
+        ),
+        "input_ids": torch.cat(rows)[None],
+        "document_ids": torch.cat([torch.full_like(ids, i) for i, ids in enumerate(rows)])[None],
+        "loss_mask": torch.ones(1, sum(map(len, rows)), dtype=torch.long),
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids in rows])[None],
+        "verifier_last_hidden_states": torch.cat([o.last_hidden_state for o in outputs], dim=1),
+        "verifier_lm_head_weight": base.lm_head.weight.detach(),
+    }
+
+
+def train(name: str, base: Any, batch: dict[str, torch.Tensor], steps: int, **settings: Any) -> Any:
+    """The algorithm `name` after a few steps on `batch`."""
+    from verl_speculator.models import Speculator
+
+    speculator = Speculator.get_class(name).from_training_args(
+        base.config, verifier_architectures=base.config.architectures, **settings
+    )
+    speculator.load_verifier_weights(base.get_input_embeddings().weight, base.lm_head.weight)
+    optimizer = torch.optim.AdamW([p for p in speculator.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        speculator(**batch)[1].backward()
+        optimizer.step()
+    return speculator.eval()
 
 
 def write_world(folder: Path) -> None:
@@ -56,38 +90,20 @@ def write_world(folder: Path) -> None:
     prompts = make_prompts()
     answers = generate(base, *padded(prompts), max_new_tokens=NEW_TOKENS).tokens
     rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    with torch.no_grad():
-        outputs = [base.model(ids[None], output_hidden_states=True) for ids in rows]
     layer_ids = [1, 2, 3]
-    batch = {
-        "hidden_states": torch.cat(
-            [torch.cat([o.hidden_states[i] for i in layer_ids], dim=-1) for o in outputs], dim=1
-        ),
-        "input_ids": torch.cat(rows)[None],
-        "document_ids": torch.cat([torch.full_like(ids, i) for i, ids in enumerate(rows)])[None],
-        "loss_mask": torch.ones(1, sum(map(len, rows)), dtype=torch.long),
-        "position_ids": torch.cat([torch.arange(len(ids)) for ids in rows])[None],
-        "verifier_last_hidden_states": torch.cat([o.last_hidden_state for o in outputs], dim=1),
-        "verifier_lm_head_weight": base.lm_head.weight.detach(),
-    }
+    batch = read_states(base, rows, layer_ids)
     said = torch.cat(rows).bincount(minlength=VOCAB_SIZE)
     counts = {}
     tokens: list[list[int]] = []
     for name, settings in SPECULATORS.items():
         # Most of what is said, but not all.
         vocabulary = {"t2d": said > 1} if name.endswith("draft_vocab") else {}
-        speculator = Speculator.get_class(name.partition("_")[0]).from_training_args(
-            base.config, target_layer_ids=layer_ids, verifier_name_or_path=str(folder / "base"),
-            verifier_architectures=["LlamaForCausalLM"], **settings, **vocabulary,
+        speculator = train(
+            *(name.partition("_")[0], base, batch, TRAINING_STEPS), target_layer_ids=layer_ids,
+            verifier_name_or_path=str(folder / "base"), **settings, **vocabulary,
         )  # fmt: skip
-        speculator.load_verifier_weights(base.get_input_embeddings().weight, base.lm_head.weight)
-        optimizer = torch.optim.AdamW([p for p in speculator.parameters() if p.requires_grad], lr=5e-3)
-        for _ in range(TRAINING_STEPS):
-            optimizer.zero_grad()
-            speculator(**batch)[1].backward()
-            optimizer.step()
         speculator.save_pretrained(folder / name)
-        result = speculative_generate(base, speculator.eval(), *padded(prompts), max_new_tokens=NEW_TOKENS)
+        result = speculative_generate(base, speculator, *padded(prompts), max_new_tokens=NEW_TOKENS)
         tokens, counts[name] = result.tokens, dataclasses.asdict(result.counts)
 
     export_speculator(folder / "eagle3", folder / "eagle3_native", "eagle3")

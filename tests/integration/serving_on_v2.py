@@ -27,7 +27,7 @@ os.environ |= {
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.integration import serving_world
+from tests.integration import eagle3_serving, serving_world
 from verl_speculator.decoding import generate, speculative_generate
 from verl_speculator.models import Speculator
 from verl_speculator.models.importing import import_code
@@ -38,6 +38,11 @@ HEADS = serving_world.N_PREDICT
 PAGE = Path(__file__).parents[2] / "docs" / "adding_an_algorithm.md"
 TEMPERATURE, DRAWS = 1.5, 400
 KINDS = ("mlp", "rnn_drafts", "lstm", "medusa")
+# What vLLM drafts with by itself.
+TRANSFORMERS = {
+    "eagle3": {"target_layer_ids": [0, 1, 2]},
+    "dflash": {"target_layer_ids": [0, 1], "num_layers": 2, "block_size": HEADS + 1, "mask_token_id": 0},
+}
 
 
 def write_world(folder: Path) -> None:
@@ -61,12 +66,13 @@ def write_world(folder: Path) -> None:
         result = speculative_generate(base, speculator.eval(), *inputs, max_new_tokens=NEW_TOKENS)
         reference["tokens"] = result.tokens
         reference["counts"][name] = dataclasses.asdict(result.counts)
-    eagle = Speculator.get_class("eagle3").from_training_args(
-        base.config, target_layer_ids=[0, 1, 2], verifier_name_or_path=str(folder / "base"),
-        verifier_architectures=["Qwen2ForCausalLM"],
-    )  # fmt: skip
-    eagle.load_verifier_weights(base.get_input_embeddings().weight, base.lm_head.weight)
-    eagle.save_pretrained(folder / "eagle3")
+    rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    for name, settings in TRANSFORMERS.items():
+        batch = eagle3_serving.read_states(base, rows, settings["target_layer_ids"])
+        speculator = eagle3_serving.train(name, base, batch, 40, **settings)
+        speculator.save_pretrained(folder / name)
+        result = speculative_generate(base, speculator, *inputs, max_new_tokens=NEW_TOKENS)
+        reference["counts"][name] = dataclasses.asdict(result.counts)
     serving_world.write_scorer(folder / "scorer", base)
     stop, rule = reference["tokens"][1][-4], f"scorer:{folder / 'scorer'}@0.4"
     strict, lossy = (
@@ -142,7 +148,8 @@ def serve(folder: Path) -> dict[str, Any]:
     prompts = json.loads((folder / "reference.json").read_text())["prompts"]
     engines: dict[str, dict[str, Any] | None] = {"none": None}
     engines |= {name: {"model": str(folder / name)} for name in KINDS}
-    engines["eagle3"] = {"model": str(folder / "eagle3"), "method": "eagle3", "num_speculative_tokens": 2}
+    for name in TRANSFORMERS:
+        engines[name] = {"model": str(folder / name), "method": name, "num_speculative_tokens": HEADS}
     report: dict[str, Any] = {}
     for name, speculative in engines.items():
         engine = Engine(folder, speculative)
@@ -184,7 +191,8 @@ def reload(engine: Engine, folder: Path, prompts: list[list[int]]) -> dict[str, 
 def probabilistic(engine: Engine, prompts: list[list[int]]) -> dict[str, Any]:
     """Greedy text, what vLLM is left to verify drafts with, and drafts drawn at a temperature.
 
-    vLLM's kernel that draws in a rejected draft's place does not run in the interpreter, so no text is sampled.
+    vLLM's kernel that draws in a rejected draft's place takes `log1p` of libdevice, which the interpreter has not, so
+    no text is sampled.
     """
     greedy = engine.generate(prompts[:1])
     drafter = engine.runner.speculator
