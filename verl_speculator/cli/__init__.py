@@ -11,7 +11,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from verl_speculator.cli import base, bench, data, eval, export, regenerate, scorer, serve, train, train_report, tune
+from verl_speculator.cli import (
+    base,
+    bench,
+    data,
+    eval,
+    export,
+    grpo,
+    regenerate,
+    scorer,
+    serve,
+    train,
+    train_report,
+    tune,
+)
 from verl_speculator.errors import SpeculatorError
 
 EXIT_USER_ERROR = 2
@@ -24,6 +37,7 @@ _COMMANDS = {
     "tune": tune,
     "eval": eval,
     "scorer": scorer,
+    "grpo": grpo,
     "serve": serve,
     "bench": bench,
     "export": export,

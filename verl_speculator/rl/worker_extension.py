@@ -13,10 +13,18 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from verl_speculator.errors import ConfigError
 from verl_speculator.models.serialization import PREFIX
+from verl_speculator.platforms import vllm_cpu
 
 
 class SpeculatorWorkerExtension(vLLMColocateWorkerExtension):
     """Copies the speculator's weights over those that are served, in place; all others go verl's way."""
+
+    def __new__(cls, **kwargs: Any) -> SpeculatorWorkerExtension:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            vllm_cpu.keep_linear_weights()
+        return super().__new__(cls, **kwargs)
 
     def _update_weights(self, weights: list[tuple[str, Tensor]], peft_config: Any, base_sync_done: bool) -> None:
         own = [(name, tensor) for name, tensor in weights if name.startswith(PREFIX)]

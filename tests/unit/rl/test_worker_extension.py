@@ -38,13 +38,11 @@ def speculator(seed: int) -> MLPSpeculator:
 
 
 @pytest.fixture
-def worker(tmp_path, monkeypatch):
+def worker(monkeypatch):
     """What vLLM makes of the extension, with a runner that serves a speculator."""
-    # verl looks for a distribution of that name, and vLLM's for CPU has another.
-    metadata = tmp_path / "vllm-0.28.0+cpu.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.28.0+cpu\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
     from verl_speculator.rl.worker_extension import SpeculatorWorkerExtension
     from verl_speculator.serving.served_chain import ServedChain
 

@@ -1,0 +1,1 @@
+"""Reinforcement learning that changes how a policy writes, and a speculator that follows."""
