@@ -7,6 +7,7 @@ policy computes is what verl's own engine computes, bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -48,6 +49,7 @@ from verl_speculator.engine.step_sums import SUMS_KEY
 from verl_speculator.errors import CheckpointError, ConfigError, naming
 from verl_speculator.models import ChainSpeculator, ChainSpeculatorConfig, SpeculatorConfig
 from verl_speculator.models.serialization import PREFIX
+from verl_speculator.platforms import cpu
 
 POLICY_MODEL_TYPE = "policy_with_speculator"
 # Beside what training goes on from: whether following is switched off, and what that was judged by.
@@ -66,6 +68,17 @@ class FSDPPolicyEngine(FSDPEngineWithLMHead):
         # verl's loader accepts its own two model types only.
         self.model_config.model_type = "language_model"
         return super()._build_module()
+
+    def _build_fsdp_module(self, module: Any) -> nn.Module:
+        if not (cpu.is_active() and self.engine_config.forward_only):
+            return super()._build_fsdp_module(module)
+        # verl offloads a reference policy to pinned memory, which there is none of without an accelerator.
+        config = self.engine_config
+        self.engine_config = dataclasses.replace(config, forward_only=False)
+        try:
+            return super()._build_fsdp_module(module)
+        finally:
+            self.engine_config = config
 
 
 class FSDPPolicyEngineWithSpeculator(FSDPSpeculatorEngine, FSDPPolicyEngine):

@@ -224,6 +224,14 @@ def _check_values(config: DictConfig) -> None:
             "actor_rollout_ref.model.use_fused_kernels=true skips lm_head, whose input a speculator learns from: "
             "leave it off"
         )
+    model = config.actor_rollout_ref.model
+    if model.lora_rank or model.lora_adapter_path or (model.get("lora") or {}).get("rank"):
+        raise ConfigError(
+            "actor_rollout_ref.model.lora_rank: adapters are sent apart from the weights, and no speculator has been "
+            "tried beside them: train the whole policy"
+        )
+    if config.trainer.device == "cpu" and actor.ulysses_sequence_parallel_size > 1:
+        raise ConfigError(f"{_ACTOR}.ulysses_sequence_parallel_size must be 1 on a CPU: it needs flash attention")
     precision = actor.fsdp_config.get("mixed_precision") or {}
     if precision.get("param_dtype") == "fp16" or actor.fsdp_config.dtype == "float16":
         raise ConfigError(

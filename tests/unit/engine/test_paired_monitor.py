@@ -36,7 +36,7 @@ def test_lengths_and_interval_are_those_of_a_bootstrap_over_sequences():
     width = metrics["acceptance_length_difference_high"] - metrics["acceptance_length_difference_low"]
     assert width == pytest.approx(2 * 1.96 * spread, rel=0.05)
     # Far less than either alone: answers differ more than the two speculators do.
-    assert spread < 0.2 * lengths[:, 0].std().item()
+    assert spread < 0.3 * lengths[:, 0].std().item()
 
 
 def test_what_is_the_same_differs_by_nothing():

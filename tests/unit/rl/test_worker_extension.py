@@ -95,3 +95,11 @@ def test_a_rollout_without_a_speculator_is_refused_by_key(worker):
 
     with pytest.raises(ConfigError, match=r"rollout\.engine_kwargs\.vllm\.speculative_config"):
         worker._update_weights([("speculator.emb.0.weight", torch.zeros(1))], None, False)
+
+
+def test_a_drafter_of_vllms_own_is_refused_by_name(worker):
+    worker.model_runner.drafter = None
+    worker.model_runner.get_draft_model = lambda: Policy()
+
+    with pytest.raises(ConfigError, match="vLLM drafts with a Policy by itself"):
+        worker._update_weights([("speculator.fc.weight", torch.zeros(1))], None, False)
