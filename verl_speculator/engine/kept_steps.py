@@ -53,7 +53,7 @@ class KeptSteps:
 
 
 def _moved(packed: PackedHiddenStates, device: Any) -> PackedHiddenStates:
-    tensors = {
+    tensors: dict[str, Any] = {
         field.name: value.to(device)
         for field in dataclasses.fields(packed)
         if isinstance(value := getattr(packed, field.name), Tensor)

@@ -61,6 +61,8 @@ ADAPTATION_FILE = f"{RESUME_FOLDER}/adaptation.json"
 class FSDPPolicyEngine(FSDPEngineWithLMHead):
     """verl's engine of a language model. An actor's has a speculator; the reference policy's is this one, plain."""
 
+    engine_config: Any
+
     def __new__(cls, model_config: Any, engine_config: Any, *args: Any, **kwargs: Any) -> FSDPPolicyEngine:
         return super().__new__(cls if engine_config.forward_only else FSDPPolicyEngineWithSpeculator)
 

@@ -43,6 +43,8 @@ class PolicyWorker(ActorRolloutRefWorker):
 class GRPOTrainer(PPOTrainerSync):
     """Beside verl's metrics: vLLM's own counters of a step, how far the policy has gone, and `metrics.jsonl`."""
 
+    role_worker_mapping: dict[Any, Any]
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._rollout: dict[str, float] = {}

@@ -47,7 +47,7 @@ class SpeculatorWorkerExtension(vLLMColocateWorkerExtension):
             )
         if not isinstance(chain, ServedChain):
             raise ConfigError(
-                f"vLLM drafts with a {type(chain).__name__} by itself, which takes no new weights while it runs: name a "
-                "chain of heads (MLP, LSTM) in actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config"
+                f"vLLM drafts with a {type(chain).__name__} by itself, which takes no new weights while it runs: name "
+                "a chain of heads (MLP, LSTM) in actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config"
             )
         return chain
