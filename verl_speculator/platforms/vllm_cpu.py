@@ -7,22 +7,10 @@ weights to a running engine, where the CPU build has packed those of its linear 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-# What a user leaves open of `actor_rollout_ref.rollout`: nothing is taken away from a device, no sleep, no graphs.
-ROLLOUT_SETTINGS: Mapping[str, Any] = {
-    "dtype": "float32",
-    "enforce_eager": True,
-    "enable_sleep_mode": False,
-    "free_cache_engine": False,
-    "checkpoint_engine.update_weights_bucket_megabytes": 64,
-    "agent.num_workers": 1,
-    "engine_kwargs.vllm.distributed_executor_backend": "uni",
-    "engine_kwargs.vllm.kv_cache_memory_bytes": 1 << 29,
-}
 
 
 class _VllmDistribution(Distribution):

@@ -60,7 +60,8 @@ _PATHS = (
     "trainer.resume_from_path",
 )
 _FULL_PRECISION = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-# What is left open on a machine without an accelerator, beside `platforms.vllm_cpu.ROLLOUT_SETTINGS`.
+# What is left open on a machine without an accelerator. vLLM's CPU build takes no memory away from anybody, does not
+# sleep, captures no graphs, and computes in the process of its engine.
 _CPU_SETTINGS: Mapping[str, Any] = {
     **{
         f"actor_rollout_ref.{role}.fsdp_config.{key}": value
@@ -70,7 +71,17 @@ _CPU_SETTINGS: Mapping[str, Any] = {
     f"{_ACTOR}.use_torch_compile": False,
     "actor_rollout_ref.ref.use_torch_compile": False,
     "actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+    f"{_ROLLOUT}.dtype": "float32",
+    f"{_ROLLOUT}.enforce_eager": True,
+    f"{_ROLLOUT}.enable_sleep_mode": False,
+    f"{_ROLLOUT}.free_cache_engine": False,
+    f"{_ROLLOUT}.agent.num_workers": 1,
+    f"{_ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend": "uni",
+    f"{_ROLLOUT}.engine_kwargs.vllm.kv_cache_memory_bytes": 1 << 29,
+    _BUCKET: 64,
 }
+# Of the rollout servers there: without it the engine would start another process, which loads all of vLLM once more.
+CPU_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def load_config(overrides: Sequence[str]) -> DictConfig:
@@ -149,10 +160,7 @@ def _fill_in(config: DictConfig, given: set[str]) -> None:
         trainer.n_gpus_per_node = 1 if on_cpu else torch.accelerator.device_count()
     if not on_cpu:
         return
-    from verl_speculator.platforms.vllm_cpu import ROLLOUT_SETTINGS
-
-    settings = {**_CPU_SETTINGS, **{f"{_ROLLOUT}.{key}": value for key, value in ROLLOUT_SETTINGS.items()}}
-    for key, value in settings.items():
+    for key, value in _CPU_SETTINGS.items():
         if key not in given:
             OmegaConf.update(config, key, value, force_add=True)
     if "RAY_ADDRESS" not in os.environ:

@@ -5,19 +5,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from omegaconf import DictConfig
 
 from verl_speculator.errors import SpeculatorError
-from verl_speculator.rl.grpo_config import check_run, load_config
+from verl_speculator.rl.grpo_config import CPU_ENVIRONMENT, check_run, load_config
 
 EXIT_USER_ERROR = 2
 
 
 def train(config: DictConfig) -> None:
     """Train with workers on the Ray cluster that RAY_ADDRESS names, or on one started here."""
+    if config.trainer.device == "cpu":
+        # Before Ray is started, whose processes inherit it.
+        os.environ.update({name: value for name, value in CPU_ENVIRONMENT.items() if name not in os.environ})
     import ray
     from verl.trainer.main_ppo import run_ppo
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
