@@ -397,8 +397,11 @@ def test_ray_trains_like_torchrun_and_resumes_after_sigterm(runs, launched, verl
     first = run_process([sys.executable, STOPPED_RUN, "--ray", *stopped])
     assert first.returncode == 143, first.stdout[-3000:] + first.stderr[-6000:]
     assert "Stopped by SIGTERM after step 4: the same command goes on from there" in first.stdout
-    completed = verl_speculator("data", "hidden-states", "--nproc", "2", *runs.overrides("ray", states))
+    # A draft vocabulary has no part in the states, and its file none in their folder.
+    settings = runs.overrides("ray", states, "model.speculator.draft_vocab_size=16")
+    completed = verl_speculator("data", "hidden-states", "--nproc", "2", *settings)
     assert "states: complete" in completed.stdout, completed.stdout[-3000:] + completed.stderr[-6000:]
+    assert not list((runs.folder / "states").glob("draft_vocabulary*"))
     second = verl_speculator("train", "--ray", "--nproc", "2", *runs.overrides("ray", *LSTM, states))
     assert "of the base's layers only the first is loaded" in second.stdout
     assert second.returncode == 0, second.stdout[-3000:] + second.stderr[-6000:]

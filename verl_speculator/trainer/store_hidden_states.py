@@ -47,6 +47,10 @@ class HiddenStatesWriter(SpeculatorSFTTrainer):
 
 def store(config: DictConfig) -> bool:
     """Write them in this process and its torchrun siblings; always to the end."""
+    settings = config.model.speculator
+    if settings.get("draft_vocab_size") is not None:
+        # States do not depend on it, and the file of what was chosen would lie in the folder, which is the cache's own.
+        settings.draft_vocab_size = None
     with in_process_group(config):
         HiddenStatesWriter(config).write_all()
     return True

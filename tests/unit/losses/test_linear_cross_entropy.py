@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from verl_speculator.losses import linear_cross_entropy
 from verl_speculator.losses.linear_cross_entropy import chunk_bytes, equal_chunks
 
+# The package has the function under the module's name.
+module = importlib.import_module("verl_speculator.losses.linear_cross_entropy")
 CHUNK_SIZES = [1, 3, 7, 100, None]
 
 
@@ -34,12 +38,13 @@ def test_gradcheck(chunk_size):
     assert torch.autograd.gradcheck(scaled_loss, (states, weight))
 
 
-@pytest.mark.parametrize("chunk_size", [2, 16, None])
+@pytest.mark.parametrize(("chunk_size", "block_elements"), [(2, 2**18), (16, 2**18), (None, 2**18), (16, 16 * 7)])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)],
 )
-def test_equals_cross_entropy_of_the_whole_logits(dtype, tolerance, chunk_size):
+def test_equals_cross_entropy_of_the_whole_logits(dtype, tolerance, chunk_size, block_elements, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", block_elements)
     states, weight, targets, row_weights = _inputs(33, 16, 50, dtype)
     exact = [tensor.detach().double().requires_grad_() for tensor in (states, weight)]
     expected, losses, logits = _reference(*exact, targets, row_weights)
@@ -80,9 +85,11 @@ def test_no_rows_give_zero_gradients_and_stay_in_the_graph(chunk_size):
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("block_elements", [1, 200 * 7, 2**18])
 @pytest.mark.parametrize("chunk_size", [1, 4, None])
-def test_a_tie_is_right_only_where_decoding_would_take_the_target(chunk_size):
+def test_a_tie_is_right_only_where_decoding_would_take_the_target(chunk_size, block_elements, monkeypatch):
     """Logits of a trained-looking row in bfloat16 are few different numbers, and the two largest are often the same."""
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", block_elements)
     generator = torch.Generator().manual_seed(0)
     states, weight = torch.randn(200, 8, generator=generator), torch.randn(64, 8, generator=generator)
     weight[32:] = weight[:32]  # every logit has a twin further on
