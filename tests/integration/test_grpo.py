@@ -31,7 +31,7 @@ NUM_STEPS = 3
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("grpo")
-    write_base_model(folder / "base")
+    write_base_model(folder / "base", head_dim=32)  # the least that attention on CPU takes
     config = MLPSpeculatorConfig(input_hidden_dim=32, vocab_size=VOCAB_SIZE, n_predict=3, inner_dim=32)
     speculator = MLPSpeculator(config)
     speculator.reset_parameters(torch.Generator().manual_seed(0))
