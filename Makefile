@@ -1,6 +1,5 @@
 # make demo   sets up, trains and measures a speculator on real text, shows the result
 # make demo-scorer   learns which draft/target mismatches are harmless (lossy decoding), and measures it, in a small world
-# make demo-grpo   reinforcement learning whose rollout is drafted by a speculator that follows the policy, on vLLM
 # make test   sets up, checks the code and passes every test
 # make docs   builds the guides and the references as a site, build/docs/index.html
 # A Python 3.11 or 3.12 is looked for; name another one with PYTHON=...
@@ -42,7 +41,7 @@ ONE_AFTER_THE_OTHER := $(if $(filter output-sync,$(.FEATURES)),--output-sync=tar
 
 UV_PIP := $(UV_ENV) $(BIN)/uv pip install --quiet --constraint constraints.txt --overrides overrides.txt
 
-.PHONY: help setup demo demo-scorer demo-grpo test test-integration test-vllm test-vllm-v2 test-megatron check docs format clean
+.PHONY: help setup demo demo-scorer test test-integration test-vllm test-vllm-v2 test-megatron check docs format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -79,9 +78,6 @@ demo: setup
 
 demo-scorer: setup
 	$(BIN)/python -m examples.scorer.run
-
-demo-grpo: $(VLLM_VENV)/.ready
-	$(VLLM_VENV)/bin/python -m examples.grpo.run
 
 check: setup
 	$(BIN)/ruff check .

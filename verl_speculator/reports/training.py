@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
 
 from verl_speculator.errors import ConfigError
-from verl_speculator.reports.blocks import ChartBlock, curve_block
 from verl_speculator.reports.charts import Series, legend, line_chart, series_style
 from verl_speculator.reports.curves import Curves, read_curves
-from verl_speculator.reports.following import following_charts, following_tiles
 from verl_speculator.reports.page import Tile, render, write_file
 from verl_speculator.reports.writing import count, fixed, short
 
@@ -28,7 +27,7 @@ def write_train_report(run_dir: str | os.PathLike[str], output: str | os.PathLik
     """
     run = Path(run_dir)
     curves = read_curves(run)
-    charts = [*following_charts(curves), *run_charts(curves)]
+    charts = run_charts(curves)
     if not charts:
         raise ConfigError(f"{curves.source!r} has none of the curves of a speculator's training: give its run's folder")
     if output is None:
@@ -38,7 +37,7 @@ def write_train_report(run_dir: str | os.PathLike[str], output: str | os.PathLik
         "training.html.jinja",
         title=f"Training run: {name}",
         subtitle=f"{count(curves.last_step)} steps logged",
-        tiles=[*following_tiles(curves), *_tiles(curves)],
+        tiles=_tiles(curves),
         charts=charts,
         source=f"Plotted from {curves.source}",
     )
@@ -70,26 +69,34 @@ def _tiles(curves: Curves) -> list[Tile]:
     return tiles
 
 
+@dataclass(frozen=True)
+class ChartBlock:
+    heading: str
+    hint: str
+    svg: Markup
+    legend: Markup
+
+
 def run_charts(curves: Curves) -> list[ChartBlock]:
     """Everything that a run logs and a person looks at; a chart without a curve is left out."""
     heads = sorted({int(name.split("_")[1].split("/")[0]) for name in _under(curves, "train/head_")})
     blocks = [
-        curve_block(curves, "Loss", "Cross entropy in nats a token, mean over the heads.", "loss", _both("loss")),
-        curve_block(
+        _block(curves, "Loss", "Cross entropy in nats a token, mean over the heads.", "loss", _both("loss")),
+        _block(
             curves,
             "Acceptance length",
             "Tokens per target forward on this text; closed loop: where the rounds of decoding would fall.",
             "tokens",
             _lengths(curves),
         ),
-        curve_block(
+        _block(
             curves,
             "Loss per head",
             "Head 1 predicts the token after the next one, head 2 the one after that.",
             "loss",
             {f"head {index + 1}": f"train/head_{index}/loss" for index in heads},
         ),
-        curve_block(
+        _block(
             curves,
             "Accuracy per head",
             "How often a head's most likely token is the right one.",
@@ -97,12 +104,12 @@ def run_charts(curves: Curves) -> list[ChartBlock]:
             {f"head {index + 1}": f"train/head_{index}/accuracy" for index in heads},
             from_zero=True,
         ),
-        curve_block(curves, "Base loss", "The base model's own, where it is trained too.", "loss", _both("base_loss")),
-        curve_block(
+        _block(curves, "Base loss", "The base model's own, where it is trained too.", "loss", _both("base_loss")),
+        _block(
             curves, "Learning rate", "Of each step.", "learning rate", {"learning rate": "train/lr"}, from_zero=True
         ),
-        curve_block(curves, "Gradient norm", "Before clipping.", "norm", {"norm": "train/grad_norm"}, from_zero=True),
-        curve_block(
+        _block(curves, "Gradient norm", "Before clipping.", "norm", {"norm": "train/grad_norm"}, from_zero=True),
+        _block(
             curves,
             "Speed",
             "Tokens a second, padding not counted.",
@@ -131,6 +138,20 @@ def compared_charts(runs: Sequence[tuple[str, Curves]]) -> list[ChartBlock]:
                 names = legend([series for series, points in lines if points], dashed=True)
                 blocks.append(ChartBlock(heading, hint, Markup(svg), Markup(names)))
     return blocks
+
+
+def _block(
+    curves: Curves, heading: str, hint: str, unit: str, names: dict[str, str], *, from_zero: bool = False
+) -> ChartBlock | None:
+    found = [(label, curves.points(name)) for label, name in names.items() if curves.points(name)]
+    if not found:
+        return None
+    lines = [(Series(label, series_style(index)), points) for index, (label, points) in enumerate(found)]
+    svg = line_chart(
+        lines, title=heading, x_label="step", y_label=unit, from_zero=from_zero, dots=max(len(p) for _, p in lines) < 20
+    )
+    names_of_lines = legend([series for series, _ in lines], dashed=True) if len(lines) > 1 else ""
+    return ChartBlock(heading, hint, Markup(svg), Markup(names_of_lines))
 
 
 def _lengths(curves: Curves) -> dict[str, str]:

@@ -1,1 +1,0 @@
-"""Reinforcement learning that changes how a policy writes, and a speculator that follows."""
