@@ -101,17 +101,9 @@ def test_the_first_step_measures_the_same_speculator_twice(run, name):
 
     assert {*first["speculator/acceptance_length_difference"]} == {0.0}
     assert first["speculator/frozen_acceptance_length"] == first["speculator/live_acceptance_length"]
-    # The same rows again, on which the live one has been trained since.
-    assert second["speculator/live_acceptance_length"][0] > second["speculator/frozen_acceptance_length"][0]
-
-
-@pytest.mark.slow
-def test_steps_on_what_is_kept_teach_more(run):
-    layouts = run[1]["layouts"]
-    losses = {name: [one["speculator/train_loss"][0] for one in layouts[name]["speculator"]] for name in layouts}
-
-    assert losses["watched"][0] == losses["packed"][0]
-    assert losses["watched"][1] < losses["packed"][1]
+    # The same rows again, on which the live one has been trained since, in one case with further steps.
+    live, frozen = (second[f"speculator/{which}_acceptance_length"][0] for which in ("live", "frozen"))
+    assert live > frozen if name == "watched" else live >= frozen
 
 
 @pytest.mark.slow
