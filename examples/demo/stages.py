@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,7 @@ class Stages:
         self.output = output
         self.folder = output / "stages"
         self.seconds: dict[str, float] = {}  # of each stage, in the run that did it
+        self.cpu_seconds: dict[str, float] = {}  # likewise: what it took whatever else the machine was doing
         self._key = f"python {sys.version_info[:3]}"  # the data is this interpreter's standard library
 
     def run(self, name: str, settings: Any, work: Callable[[Progress], str], products: Sequence[Path] = ()) -> None:
@@ -63,14 +65,22 @@ class Stages:
         done = json.loads(marker.read_text()) if marker.is_file() else {}
         progress = Progress(name)
         if done.get("key") == self._key and all(product.exists() for product in products):
-            self.seconds[name] = done["seconds"]
+            self.seconds[name], self.cpu_seconds[name] = done["seconds"], done["cpu_seconds"]
             progress.finish(f"{done['result']} (done before)")
             return
         marker.unlink(missing_ok=True)
+        start = _cpu_seconds()
         result = work(progress)
-        self.seconds[name] = progress.finish(result)
+        self.seconds[name], self.cpu_seconds[name] = progress.finish(result), _cpu_seconds() - start
         self.folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps({"key": self._key, "result": result, "seconds": self.seconds[name]}))
+        took = {"seconds": self.seconds[name], "cpu_seconds": self.cpu_seconds[name]}
+        marker.write_text(json.dumps({"key": self._key, "result": result, **took}))
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has started and waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def run_command(

@@ -66,7 +66,7 @@ class Experiments:
             "model.partial_pretrain": self.base,
             "data.train_files": self._rows(run),
             "data.val_files": self.data / "val.parquet",
-            "data.hidden_states_cache": self.output / "states",
+            "data.hidden_states_cache": self.output / ("states_of_layers" if run.reads_layers else "states"),
             "+data.seed": seed,
             "engine.seed": seed,
             "trainer.save_freq": -1,

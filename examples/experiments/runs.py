@@ -65,6 +65,11 @@ class Run:
     changes: Settings = field(default_factory=dict)
 
     @property
+    def reads_layers(self) -> bool:
+        """Whether the speculator reads states of layers below the last one."""
+        return self.settings["model.speculator_type"] in ("eagle3", "dflash")
+
+    @property
     def overrides(self) -> dict[str, object]:
         return {**self.settings, **self.changes}
 

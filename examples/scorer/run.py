@@ -24,7 +24,7 @@ import torch
 
 from examples.demo.settings import hydra_path
 from examples.demo.stages import Progress, Stages, bar_progress, run_command
-from examples.scorer.settings import BUDGETS, Budget
+from examples.scorer.settings import BUDGETS, Budget, GrpoSettings
 from examples.scorer.world import train_model, write_questions
 
 HEAD, LINEAR = "supervised", "autojudge"
@@ -41,20 +41,26 @@ class Experiment:
         self.scorers = output / "scorers"
         self.windows, self.labelled = self.work / "windows.parquet", self.work / "labelled.parquet"
 
-    def make_world(self, progress: Progress) -> str:
-        world = self.budget.world
-        sizes = {"train": world.num_train, "validation": world.num_validation, "test": world.num_test}
+    def train_target(self, progress: Progress) -> str:
+        solved = train_model("target", self.budget.world.target, self.target, self.budget.world.seed, progress.update)
+        return f"a target trained from nothing; {solved}"
+
+    def train_draft(self, progress: Progress) -> str:
+        solved = train_model("draft", self.budget.world.draft, self.draft, self.budget.world.seed, progress.update)
+        return f"a weaker draft with other habits; {solved}"
+
+    def ask(self, progress: Progress) -> str:
+        sizes = self.questions()
         for number, (split, count) in enumerate(sizes.items()):
-            write_questions(self.data / f"{split}.parquet", count, seed=1000 * world.seed + number)
-        for speaker, settings, folder in (
-            ("target", world.target, self.target),
-            ("draft", world.draft, self.draft),
-        ):
-            train_model(speaker, settings, folder, world.seed, progress.update)
-        return f"a target and a draft trained from nothing, questions for training, validation and test: {sizes}"
+            write_questions(self.data / f"{split}.parquet", count, seed=1000 * self.budget.world.seed + number)
+        return f"questions: {', '.join(f'{count} for {split}' for split, count in sizes.items())}"
+
+    def questions(self) -> dict[str, int]:
+        world = self.budget.world
+        return {"training": world.num_train, "validation": world.num_validation, "test": world.num_test}
 
     def make_windows(self, progress: Progress) -> str:
-        data = ["--data", str(self.data / "train.parquet")]
+        data = ["--data", str(self.data / "training.parquet")]
         printed = self._run("data", [*self._models(), *data, "--output", str(self.windows)], progress)
         label = ["--base", str(self.target), "--windows", str(self.windows), "--output", str(self.labelled)]
         labels = self._run("label", [*label, "--batch-size", str(self.budget.decoding.batch_size)], progress)
@@ -104,44 +110,49 @@ class Experiment:
         self._run("fit", [*common, "--linear", "--output", str(self.scorers / LINEAR)], progress, name="fit-linear")
         return _last(printed)
 
-    def train(self, progress: Progress) -> str:
-        """GRPO twice, each from the head that labels have taught."""
-        settings, decoding = self.budget.grpo, self.budget.decoding
+    def train_on_windows(self, progress: Progress) -> str:
+        return self._train(WINDOWS, self.budget.windows, [], progress)
+
+    def train_on_answers(self, progress: Progress) -> str:
+        decoding = self.budget.decoding
         closed_loop = [
             "rollout.closed_loop=true",
             f"rollout.draft_model_path={hydra_path(self.draft)}",
             f"rollout.num_draft_tokens={decoding.num_drafts}",
             f"rollout.max_new_tokens={decoding.max_new_tokens}",
         ]
-        done = []
-        for name, steps, batch_size, more in (
-            (WINDOWS, settings.window_steps, settings.window_batch_size, []),
-            (ANSWERS, settings.answer_steps, settings.answer_batch_size, closed_loop),
-        ):
-            folder, run = self.scorers / name, self.work / name
-            for old in (folder, run):
-                shutil.rmtree(old, ignore_errors=True)
-            if not steps:
-                continue
-            common = [
-                f"rollout.target_model_path={hydra_path(self.target)}",
-                f"model.scorer.path={hydra_path(self.scorers / HEAD)}",
-                f"data.train_files={hydra_path(self.labelled)}",
-                f"data.train_batch_size={batch_size}",
-                f"data.seed={self.budget.world.seed}",
-                f"rollout.seed={self.budget.world.seed}",
-                f"rollout.n={settings.num_samples}",
-                f"actor.optim.lr={settings.learning_rate}",
-                "trainer.total_epochs=1000",
-                f"trainer.total_training_steps={steps}",
-                "trainer.test_freq=-1",
-                f"trainer.save_freq={steps}",
-                f"trainer.default_local_dir={hydra_path(run)}",
-            ]
-            self._run("train", [*common, *more], progress, name=name, describe=training_step)
-            shutil.copytree(run / f"global_step_{steps}" / "actor" / "scorer", folder)
-            done.append(f"{steps} steps of {name}")
-        return f"GRPO with verl: {', '.join(done)}"
+        return self._train(ANSWERS, self.budget.answers, closed_loop, progress)
+
+    def _train(self, name: str, settings: GrpoSettings, more: list[str], progress: Progress) -> str:
+        """GRPO with verl, from the head that labels have taught."""
+        folder, run = self.scorers / name, self.work / name
+        for old in (folder, run):
+            shutil.rmtree(old, ignore_errors=True)
+        if not settings.steps:
+            return "left out"
+        overrides = [
+            f"rollout.target_model_path={hydra_path(self.target)}",
+            f"model.scorer.path={hydra_path(self.scorers / HEAD)}",
+            f"data.train_files={hydra_path(self.labelled)}",
+            f"data.train_batch_size={settings.batch_size}",
+            f"data.seed={self.budget.world.seed}",
+            f"rollout.seed={self.budget.world.seed}",
+            f"rollout.n={settings.num_samples}",
+            f"rollout.temperature={settings.temperature}",
+            f"actor.optim.lr={settings.learning_rate}",
+            f"reward.reward_kwargs.cost={settings.cost}",
+            f"reward.reward_kwargs.cost_step={settings.cost_step}",
+            # A step draws from the very policy that it updates.
+            "algorithm.rollout_correction.bypass_mode=true",
+            "trainer.total_epochs=1000",
+            f"trainer.total_training_steps={settings.steps}",
+            "trainer.test_freq=-1",
+            f"trainer.save_freq={settings.steps}",
+            f"trainer.default_local_dir={hydra_path(run)}",
+        ]
+        self._run("train", [*overrides, *more], progress, name=name, describe=training_step)
+        shutil.copytree(run / f"global_step_{settings.steps}" / "actor" / "scorer", folder)
+        return f"{settings.steps} steps of GRPO with verl"
 
     def evaluate(self, progress: Progress) -> str:
         settings, found = self.budget.evaluation, self.work / "evaluation.json"
@@ -188,7 +199,7 @@ def training_step(line: str) -> str | None:
     return f"step {step[1]}" + "".join(f"  {name} {float(match[1]):.3f}" for name, match in found.items() if match)
 
 
-def summarize(evaluation: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+def summarize(evaluation: dict[str, Any], seconds: dict[str, float], cpu_seconds: dict[str, float]) -> dict[str, Any]:
     """For each rule what it saves and costs, and how long everything took."""
     names = (
         "tokens_per_target_call",
@@ -206,6 +217,7 @@ def summarize(evaluation: dict[str, Any], seconds: dict[str, float]) -> dict[str
         "accuracy_bound": evaluation["accuracy_bound"],
         "seconds": round(sum(seconds.values()), 1),
         "seconds_per_stage": {stage: round(value, 1) for stage, value in seconds.items()},
+        "cpu_seconds_per_stage": {stage: round(value, 1) for stage, value in cpu_seconds.items()},
     }
 
 
@@ -227,21 +239,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     budget = replace(budget, world=replace(budget.world, seed=options.seed))
     run, stages, start = Experiment(output, budget), Stages(output), time.monotonic()
     print(f"verl_speculator scorer, budget {options.budget}, in {options.output}\n")
-    stages.run("world", budget.world, run.make_world, [run.target / "config.json", run.draft / "config.json"])
+    world = budget.world
+    for name, settings, work, folder in (
+        ("target", world.target, run.train_target, run.target),
+        ("draft", world.draft, run.train_draft, run.draft),
+    ):
+        stages.run(name, {"seed": world.seed, **asdict(settings)}, work, [folder / "config.json"])
+    stages.run("questions", run.questions(), run.ask, [run.data / "test.parquet"])
     stages.run("windows", budget.decoding, run.make_windows, [run.labelled])
     stages.run("gates", budget.gates, run.check_world)
     stages.run("heads", budget.head, run.fit_heads, [run.scorers / HEAD, run.scorers / LINEAR])
-    stages.run("grpo", budget.grpo, run.train)
+    stages.run("windows-rl", budget.windows, run.train_on_windows)
+    stages.run("answers-rl", budget.answers, run.train_on_answers)
     found = run.work / "evaluation.json"
     stages.run("evaluate", budget.evaluation, run.evaluate, [found, output / "report" / "index.html"])
 
-    summary = summarize(json.loads(found.read_text()), stages.seconds)
+    summary = summarize(json.loads(found.read_text()), stages.seconds, stages.cpu_seconds)
     (output / "summary.json").write_text(json.dumps({**summary, "settings": asdict(budget)}, indent=2) + "\n")
     print(f"""
   All rules but strict are lossy: they keep tokens that the target would not have written.
 
 {(run.work / "evaluation.txt").read_text()}
   this run             {time.monotonic() - start:.0f} s
+  all stages           {sum(stages.seconds.values()):.0f} s, of CPU {sum(stages.cpu_seconds.values()):.0f} s: {
+        ", ".join(f"{stage} {value:.0f}" for stage, value in stages.cpu_seconds.items())
+    }
 
   Look at {output / "report" / "index.html"} in a browser: what each rule saves and costs, and answers in which the
   accepted mismatches are marked. The figures are in {output / "summary.json"}.

@@ -30,6 +30,7 @@ train() {
         data.train_files="$(hydra_string "$output/work/labelled.parquet")" \
         data.seed="$seed" rollout.seed="$seed" \
         actor.optim.lr=1e-3 \
+        algorithm.rollout_correction.bypass_mode=true \
         trainer.total_epochs=1000 \
         trainer.total_training_steps="$steps" \
         trainer.save_freq=20 \
@@ -39,8 +40,9 @@ train() {
     cp -r "$run/global_step_$(cat "$run/latest_checkpointed_iteration.txt")/actor/scorer" "$output/scorers/$name"
 }
 
-train grpo-windows "${WINDOW_STEPS:-100}" data.train_batch_size=128 rollout.n=8 "$@"
-train grpo-answers "${ANSWER_STEPS:-60}" rollout.closed_loop=true data.train_batch_size=32 rollout.n=8 \
+train grpo-windows "${WINDOW_STEPS:-100}" data.train_batch_size=64 rollout.n=8 rollout.temperature=2.5 "$@"
+train grpo-answers "${ANSWER_STEPS:-100}" rollout.closed_loop=true data.train_batch_size=32 rollout.n=8 rollout.temperature=1.5 \
+    reward.reward_kwargs.cost=0.5 reward.reward_kwargs.cost_step=0.05 \
     rollout.draft_model_path="$(hydra_string "$output/draft")" rollout.num_draft_tokens=5 rollout.max_new_tokens=48 "$@"
 
 rules=(--accept probability --accept margin --accept kl)

@@ -23,14 +23,16 @@ class HeadSettings:
 
 @dataclass(frozen=True)
 class GrpoSettings:
-    """GRPO from the supervised head: on windows, and on whole answers; 0 steps leave one out."""
+    """GRPO from the supervised head, on windows or on whole answers; 0 steps leave it out."""
 
-    window_steps: int = 100
-    window_batch_size: int = 128
-    answer_steps: int = 60
-    answer_batch_size: int = 32
+    steps: int
+    batch_size: int
     num_samples: int = 8
     learning_rate: float = 1e-3
+    # The head from labels is sure of nearly everything: drawn at 1, all samples of a group would be the same.
+    temperature: float = 2.5
+    cost: float = 0.3
+    cost_step: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Budget:
     world: WorldSettings = field(default_factory=WorldSettings)
     decoding: DecodingSettings = field(default_factory=DecodingSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
-    grpo: GrpoSettings = field(default_factory=GrpoSettings)
+    windows: GrpoSettings = GrpoSettings(steps=100, batch_size=64)
+    answers: GrpoSettings = GrpoSettings(steps=100, batch_size=32, temperature=1.5, cost=0.5, cost_step=0.05)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     gates: GateSettings = field(default_factory=GateSettings)
 
@@ -66,14 +69,15 @@ BUDGETS = {
     "full": Budget(),
     "demo": Budget(
         world=WorldSettings(
-            target=ModelSettings(64, 3, 1500, batch_size=48, stop_at=0.86),
-            draft=ModelSettings(48, 2, 500, batch_size=48),
+            target=ModelSettings(64, 3, 1500, batch_size=48, stop_at=0.97),
+            draft=ModelSettings(64, 2, 1200, batch_size=48, stop_at=0.75),
             num_train=2000,
-            num_validation=600,
+            num_validation=1000,
             num_test=2000,
         ),
         head=HeadSettings(num_epochs=20),
-        grpo=GrpoSettings(window_steps=30, answer_steps=20),
+        windows=GrpoSettings(steps=30, batch_size=48),
+        answers=GrpoSettings(steps=50, batch_size=24, temperature=1.5, cost=0.5, cost_step=0.05),
     ),
     # The machinery alone: its models are wrong about everything.
     "small": Budget(
@@ -85,7 +89,8 @@ BUDGETS = {
             num_test=8,
         ),
         head=HeadSettings(num_epochs=2, inner_dim=8),
-        grpo=GrpoSettings(window_steps=1, window_batch_size=4, answer_steps=1, answer_batch_size=2, num_samples=2),
+        windows=GrpoSettings(steps=1, batch_size=4, num_samples=2),
+        answers=GrpoSettings(steps=1, batch_size=2, num_samples=2),
         decoding=DecodingSettings(max_new_tokens=16, batch_size=24),
         evaluation=EvaluationSettings(accuracy_bound=0.5, num_oracle=4, rules=("accept-all", "probability")),
         gates=GateSettings(most_auc=2, least_oracle_gain=-1, least_accuracy=0, most_accuracy=1),

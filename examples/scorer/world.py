@@ -3,21 +3,25 @@
     question  x 4 a plus 7 b minus 3 c plus 9 ?
     answer    well stepwise then a 4 plus 7 gives 1 next b 1 minus 3 makes 8 now c 8 plus 9 yields 7 so answer is 7
 
-All is modulo 10. What makes it a world for a scorer:
+All is modulo 10, and what is right or wrong is in the data that the two models learn from. What makes it a world for a
+scorer:
 
 - **Phrasing.** Most words have synonyms, and which one is liked depends on the number at hand. The target and the draft
-  have different likings, so they differ often, without harm, and the target may think little of the draft's word.
-- **Harm that looks harmless.** A solution may be `briefly` told, two steps at a time, which is harder to get right; and
-  some solutions `skip` a step, which makes them wrong. The target has seen both, so neither is improbable to it; the
-  draft, which has seen more of them, proposes them. Wrong numbers come on top.
-- **Registers.** A `loosely` told solution uses casual words throughout, which draft and target agree on: who lets it
-  pass once is repaid in the rest of the answer. That is visible in whole answers only.
+  have different likings, so they differ often, without harm. Some likings are strong and others weak: the target may
+  think little of a harmless word.
+- **Harm that looks harmless.** Some sums are easily got wrong. The target has seen such slips, so they are not
+  improbable to it; the draft has made a habit of some. A step may also be `skip`ped, which is nearly always wrong.
+- **Mistakes of the target's own**, some of which the draft does not make: there a mismatch does good.
+- **Styles.** The draft likes other styles of solution than the target. Told `loosely` it slips less, and both use the
+  same casual words; told `formally` it slips most of the time. The target is as right in each, so a style does no harm:
+  whether to let it pass shows only in how many of the drafts survive in the rest of the answer.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,6 +31,7 @@ import pyarrow.parquet as pq
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 Speaker = Literal["target", "draft"]
 
@@ -38,9 +43,12 @@ SYNONYMS = {
     "closing": ("so", "hence", "thus", "finally", "therefore", "overall"),
 }
 CASUAL = {slot: words[-2:] for slot, words in SYNONYMS.items()}
-STYLES = ("stepwise", "briefly", "loosely")
-# How much words are liked, the favourite first: the tail is where the draft's words are improbable to the target.
-LIKINGS = (0.60, 0.20, 0.10, 0.06, 0.025, 0.015)
+STYLES = ("stepwise", "formally", "loosely")
+# How much words are liked, the favourite first, if strongly or weakly: where the tail is, the draft's words are
+# improbable to the target.
+LIKINGS = ((0.80, 0.10, 0.05, 0.03, 0.012, 0.008), (0.45, 0.22, 0.14, 0.10, 0.06, 0.03))
+# How likely the wrong results of a sum are, among slips.
+SLIPS = (0.75, 0.15, 0.10)
 PAD, END = "<pad>", "<end>"
 VOCABULARY = (
     PAD,
@@ -96,50 +104,65 @@ def problems(count: int, seed: int, least_steps: int = 2, most_steps: int = 5) -
 
 
 class Tongue:
-    """How one of the two speaks: likings by slot and number at hand, and how often it is brief, loose or sloppy."""
+    """How one of the two speaks: which words and styles it likes, and which sums it gets wrong."""
 
     def __init__(self, speaker: Speaker) -> None:
-        common, own = random.Random("likings"), random.Random(speaker)
-        self.likings: dict[tuple[str, int], list[str]] = {}
+        common, own = random.Random("world"), random.Random(speaker)
+        self.likings: dict[tuple[str, int], tuple[list[str], tuple[float, ...]]] = {}
         for slot, words in SYNONYMS.items():
             for number in range(10):
                 liked = common.sample(words, len(words))
                 differs = common.random() < 0.85
-                self.likings[slot, number] = own.sample(words, len(words)) if differs else liked
-        self.styles = {"target": (0.60, 0.22, 0.18), "draft": (0.34, 0.33, 0.33)}[speaker]
+                self.likings[slot, number] = own.sample(words, len(words)) if differs else liked, own.choice(LIKINGS)
+        self.styles = {"target": (0.60, 0.20, 0.20), "draft": (0.34, 0.33, 0.33)}[speaker]
         # How much more a style is liked that the question's first number suggests.
         self.whim = {"target": 0.0, "draft": 0.8}[speaker]
         self.skips = {"target": 0.15, "draft": 0.6}[speaker]
+        self.wrong_results: dict[tuple[int, str, int], list[int]] = {}
+        self.slips: dict[tuple[str, int, str, int], float] = {}  # in a style, the chance that a sum goes wrong
+        for before, op, number in itertools.product(range(10), OPERATIONS, range(10)):
+            wrong = [result for result in range(10) if result != apply(op, before, number)]
+            self.wrong_results[before, op, number] = common.sample(wrong, len(SLIPS))
+            habit = own.random()
+            for style in STYLES:
+                if speaker == "target":
+                    self.slips[style, before, op, number] = 0.8 if habit < 0.04 else 0.45 * ((habit - 0.04) / 0.96) ** 2
+                else:
+                    share = {"stepwise": 0.2, "formally": 0.7, "loosely": 0.05}[style]
+                    self.slips[style, before, op, number] = 0.9 if habit < share else 0.02
 
-    def solve(self, problem: Problem, generator: random.Random) -> list[str]:
+    def believes(self, style: str, before: int, op: str, number: int) -> int:
+        """The result that this one thinks most likely."""
+        slips = self.slips[style, before, op, number]
+        return self.wrong_results[before, op, number][0] if slips * SLIPS[0] > 1 - slips else apply(op, before, number)
+
+    def solve(self, problem: Problem, generator: random.Random, sure: bool = False) -> list[str]:
+        """A solution; if `sure`, stepwise, complete, and with what this one believes."""
         weights = list(self.styles)
         weights[problem.start % 3] += self.whim
-        style = generator.choices(STYLES, weights)[0]
+        style = "stepwise" if sure else generator.choices(STYLES, weights)[0]
         # The first token is the prompt's own forward: no draft takes part in it.
         words, value = ["well", style], problem.start
 
         def say(slot: str, number: int) -> str:
             if style == "loosely":
                 return CASUAL[slot][number % 2] if generator.random() < 0.93 else generator.choice(SYNONYMS[slot])
-            return generator.choices(self.likings[slot, number], LIKINGS)[0]
+            return generator.choices(*self.likings[slot, number])[0]
 
-        pending = 0
-        for index, (op, number) in enumerate(problem.steps):
-            label = LABELS[index]
+        for label, (op, number) in zip(LABELS, problem.steps, strict=False):
             # After some numbers solvers get sloppy.
-            if value in (3, 7) and generator.random() < self.skips:
+            if value in (3, 7) and not sure and generator.random() < self.skips:
                 words += [say("opener", value), "skip", label]
                 continue
-            before, value = value, apply(op, value, number)
-            pending += 1
-            if style == "briefly" and pending < 2 and index + 1 < len(problem.steps):
-                continue
-            pending = 0
-            if style == "briefly":
-                words += [label, say("result", before), str(value)]
+            before = value
+            if sure:
+                value = self.believes(style, before, op, number)
+            elif generator.random() < self.slips[style, before, op, number]:
+                value = generator.choices(self.wrong_results[before, op, number], SLIPS)[0]
             else:
-                # The word before a result tells nothing of it: another one there does no harm.
-                words += [say("opener", before), label, str(before), op, str(number), say("result", before), str(value)]
+                value = apply(op, before, number)
+            # The word before a result tells nothing of it: another one there does no harm.
+            words += [say("opener", before), label, str(before), op, str(number), say("result", before), str(value)]
         return [*words, say("closing", value), "answer", "is", str(value), END]
 
 
@@ -155,8 +178,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 class ModelSettings:
     """Sizes of a Llama, and how long it learns: `num_steps`, or until it solves the share `stop_at` of held-out sums.
 
-    Sums are learned of a sudden. A target that makes no mistake is sure of every number, and its probability alone then
-    tells a wrong one.
+    Sums are learned of a sudden, in another step with each seed. Solved is what the speaker's data says, slips and all.
     """
 
     hidden_size: int
@@ -170,16 +192,18 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class WorldSettings:
-    target: ModelSettings = field(default_factory=lambda: ModelSettings(160, 4, 3000, stop_at=0.86))
-    draft: ModelSettings = field(default_factory=lambda: ModelSettings(48, 2, 500))
+    target: ModelSettings = field(default_factory=lambda: ModelSettings(160, 4, 3000, stop_at=0.97))
+    draft: ModelSettings = field(default_factory=lambda: ModelSettings(64, 2, 1200, stop_at=0.75))
     num_train: int = 8000
     num_validation: int = 1000
     num_test: int = 4000
     seed: int = 0
 
 
-def train_model(speaker: Speaker, settings: ModelSettings, folder: Path, seed: int, report: object = None) -> float:
-    """Train on fresh solutions in the speaker's tongue and save a Hugging Face folder; the last loss."""
+def train_model(
+    speaker: Speaker, settings: ModelSettings, folder: Path, seed: int, report: Callable[[str], None]
+) -> str:
+    """Train on fresh solutions in the speaker's tongue and save a Hugging Face folder; how far it came."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(
         "llama",
@@ -204,8 +228,7 @@ def train_model(speaker: Speaker, settings: ModelSettings, folder: Path, seed: i
     tongue, generator = Tongue(speaker), random.Random(seed)
     ids = {word: index for index, word in enumerate(VOCABULARY)}
     stream = problems(settings.num_steps * settings.batch_size, seed + 1_000_000)
-    held_out = _held_out(tongue, seed)
-    loss = torch.tensor(0.0)
+    held_out, state = _held_out(tongue, seed), ""
     for step in range(settings.num_steps):
         rows, prompts = [], []
         for _ in range(settings.batch_size):
@@ -221,26 +244,27 @@ def train_model(speaker: Speaker, settings: ModelSettings, folder: Path, seed: i
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if callable(report) and step % 20 == 0:
-            report(f"{speaker}: step {step}, loss {loss.item():.3f}")
-        if settings.stop_at is not None and step % 20 == 19 and _share_solved(model, *held_out) >= settings.stop_at:
-            break
+        if step % 25 == 24:
+            solved = _share_solved(model, *held_out)
+            state = f"step {step + 1}, loss {loss.item():.3f}, solves {solved:.0%}"
+            report(state)
+            if settings.stop_at is not None and solved >= settings.stop_at:
+                break
+    logging.disable_progress_bar()  # of a file of half a megabyte
     model.generation_config.eos_token_id = config.eos_token_id
     model.eval().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    return loss.item()
+    return state
 
 
 def _held_out(tongue: Tongue, seed: int, count: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
-    """Complete solutions, step by step, of sums that are not trained."""
+    """Solutions, as the speaker believes they are, of sums that are not trained."""
     ids = {word: index for index, word in enumerate(VOCABULARY)}
     generator, rows, prompts = random.Random(seed), [], []
-    for problem in problems(20 * count, seed + 2_000_000):
-        words = tongue.solve(problem, generator)
-        if words[1] == "stepwise" and "skip" not in words and len(rows) < count:
-            prompt = problem.text.split()
-            rows.append([ids[word] for word in (*prompt, *words)])
-            prompts.append(len(prompt))
+    for problem in problems(count, seed + 2_000_000):
+        prompt = problem.text.split()
+        rows.append([ids[word] for word in (*prompt, *tongue.solve(problem, generator, sure=True))])
+        prompts.append(len(prompt))
     return _padded(rows, prompts)
 
 

@@ -54,6 +54,16 @@ def main(world: Path) -> dict[str, str]:
         "no_effect": configure(good, draft_sample_method="probabilistic"),
         "pipeline": configure(good, pipeline=2),
     }
+    messages |= {
+        "lossy_unsaid": configure(good, accept="accept-all"),
+        "lossy_alone": configure(good, lossy=True),
+        "no_rule": configure(good, accept="acept-all", lossy=True),
+        "no_scorer": configure(good, accept=f"scorer:{good}", lossy=True),
+        "synthetic": configure(
+            good, accept="accept-all", lossy=True, rejection_sample_method="synthetic", synthetic_acceptance_length=2.0
+        ),
+        "not_ours": configure(world / "base", accept="accept-all", lossy=True, num_speculative_tokens=2),
+    }
     with mock.patch.object(vllm, "__version__", "0.27.1"):
         messages["old_engine"] = configure(good)
     with mock.patch.object(speculative, "SpeculativeMethod", None):

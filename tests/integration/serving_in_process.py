@@ -20,7 +20,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.integration import serving_errors
+from tests.integration import serving_errors, serving_lossily
 from tests.integration import serving_sampling as sampling
 from tests.integration.serving_world import N_PREDICT, NEW_TOKENS
 
@@ -65,7 +65,7 @@ class Engine:
         found: dict[str, Any] = {}
         for metric in self.llm.get_metrics():
             name = metric.name.removeprefix("vllm:spec_decode_")
-            if name in COUNTERS:
+            if name in (*COUNTERS, "lossy_accepted"):
                 found[name] = metric.value
             elif name == "num_accepted_tokens_per_pos":
                 found["accepted_per_position"] = list(metric.values)
@@ -191,6 +191,8 @@ def main(world: Path) -> dict[str, Any]:
         "mode": engine.llm.llm_engine.vllm_config.compilation_config.mode.name,
     }
     engine.close()
+    for rule in ("scorer", "accept-all"):
+        report[f"lossy {rule}"] = serving_lossily.answer(world, rule, Engine, sources["lstm"])
     return report | {"errors": serving_errors.main(world)}
 
 

@@ -67,6 +67,16 @@ def write_world(folder: Path) -> None:
     )  # fmt: skip
     eagle.load_verifier_weights(base.get_input_embeddings().weight, base.lm_head.weight)
     eagle.save_pretrained(folder / "eagle3")
+    serving_world.write_scorer(folder / "scorer", base)
+    stop, rule = reference["tokens"][1][-4], f"scorer:{folder / 'scorer'}@0.4"
+    strict, lossy = (
+        serving_world.decode_lossily(base, speculators["lstm"], accept, prompts, NEW_TOKENS, stop)
+        for accept in ("strict", rule)
+    )
+    kept = sum(map(len, lossy.lossy_tokens or []))
+    reference["lossy"] = {
+        "stop": stop, "accept": rule, "tokens": lossy.tokens, "strict": strict.tokens, "lossy_accepted": kept,
+    }  # fmt: skip
     (folder / "reference.json").write_text(json.dumps(reference))
 
 
@@ -98,7 +108,7 @@ class Engine:
         found: dict[str, Any] = {}
         for metric in self.llm.get_metrics():
             name = metric.name.removeprefix("vllm:spec_decode_")
-            if name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"):
+            if name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens", "lossy_accepted"):
                 found[name] = metric.value
             elif name == "num_accepted_tokens_per_pos":
                 found["accepted_per_position"] = list(metric.values)
@@ -146,6 +156,13 @@ def serve(folder: Path) -> dict[str, Any]:
     schedule = [(1, 1, HEADS), (2, PROMPTS, 1)]
     engine = Engine(folder, {"model": str(folder / "lstm"), "num_speculative_tokens_per_batch_size": schedule})
     report["adaptive"] = {"tokens": engine.generate(prompts), "counters": engine.counters()}
+    engine.close()
+    reference = json.loads((folder / "reference.json").read_text())["lossy"]
+    engine = Engine(folder, {"model": str(folder / "lstm"), "accept": reference["accept"], "lossy": True})
+    stopping = {"stop_token_ids": [reference["stop"]]}
+    report["lossy"] = {"tokens": engine.generate(prompts, **stopping), "counters": engine.counters()}
+    report["lossy"]["strict"] = engine.generate(prompts[1:], **stopping, extra_args={"lossy": False})
+    report["lossy"]["after"] = engine.counters()
     engine.close()
     return report
 

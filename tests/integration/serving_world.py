@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.tiny import VOCAB_SIZE, WORDS, tiny_tokenizer
-from verl_speculator.decoding import generate, speculative_generate
+from verl_speculator.decoding import DecodingResult, generate, speculative_generate
 from verl_speculator.losses import PackedHiddenStates, speculator_loss
 from verl_speculator.models import (
     ArcticLSTMSpeculator,
@@ -26,6 +26,9 @@ from verl_speculator.models import (
     MLPSpeculatorConfig,
     Speculator,
 )
+from verl_speculator.scorer.config import DRAFT_SCALARS, SCALARS, ScoringModelConfig
+from verl_speculator.scorer.model import AutoModelForSPDScoring
+from verl_speculator.scorer.rule import load_rule
 from verl_speculator.serving.export import export_speculator
 
 HIDDEN = 64
@@ -122,6 +125,25 @@ def train(
             optimizer.step()
 
 
+def write_scorer(folder: Path, base: torch.nn.Module) -> None:
+    """A scorer that has not learnt anything, and yet accepts some mismatches and others not."""
+    config = ScoringModelConfig(HIDDEN, scalars=(*SCALARS, *DRAFT_SCALARS), lookahead=1, inner_dim=32)
+    torch.manual_seed(8)
+    actor = AutoModelForSPDScoring.from_config(config, base)
+    torch.nn.init.normal_(actor.head.out.weight, std=0.5)
+    actor.save_pretrained(folder)
+
+
+def decode_lossily(
+    base: torch.nn.Module, speculator: Speculator, rule: str, prompts: list[list[int]], new_tokens: int, stop: int
+) -> DecodingResult:
+    """By this project's own decoding, with `stop` for the token that ends a text."""
+    inputs = padded(prompts)
+    return speculative_generate(
+        base, speculator.eval(), *inputs, max_new_tokens=new_tokens, eos_token_id=stop, lossy_rule=load_rule(rule, base)
+    )
+
+
 def padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and mask, padded on the left."""
     width = max(map(len, prompts))
@@ -148,7 +170,24 @@ def main(folder: Path) -> None:
     export_speculator(folder / "mlp_untied_scaled" / "global_step_60", folder / "ibm", "ibm")
     export_speculator(folder / "mlp" / "global_step_60", folder / "arctic", "arctic", "Qwen2ForCausalLM")
     (folder / "prompts.json").write_text(json.dumps(prompts))
-    (folder / "reference.json").write_text(json.dumps(reference(base, speculators, prompts)))
+    strict = reference(base, speculators, prompts)
+    (folder / "reference.json").write_text(json.dumps(strict))
+    write_scorer(folder / "scorer", base)
+    stop = strict["tokens"][2][18]
+    rules = ("strict", f"scorer:{folder / 'scorer'}@0.5", "accept-all")
+    (folder / "lossy.json").write_text(json.dumps(lossy_reference(base, speculators["lstm"], rules, prompts, stop)))
+
+
+def lossy_reference(
+    base: torch.nn.Module, speculator: Speculator, rules: tuple[str, ...], prompts: list[list[int]], stop: int
+) -> dict:
+    """What each rule makes of the prompts, by its kind: tokens, and how many of them are the rule's alone."""
+    report: dict = {"stop": stop, "rules": {}}
+    for rule in rules:
+        result = decode_lossily(base, speculator, rule, prompts, NEW_TOKENS, stop)
+        kept = sum(map(len, result.lossy_tokens or []))
+        report["rules"][rule.partition(":")[0]] = {"accept": rule, "tokens": result.tokens, "lossy_accepted": kept}
+    return report
 
 
 def reference(base: torch.nn.Module, speculators: dict[str, Speculator], prompts: list[list[int]]) -> dict:

@@ -72,3 +72,32 @@ def test_vllm_gives_the_same_and_goes_on_with_what_another_backend_began(folder,
     origins = pq.read_table(folder / "mixed.parquet")["origin"].to_pylist()
     assert sum('"backend": "hf"' in origin for origin in origins) == 3
     assert sum('"backend": "vllm"' in origin for origin in origins) == 8
+
+
+@needs_vllm
+def test_vllm_in_one_process_of_rays_finishes_a_scorers_windows(folder, monkeypatch):
+    """As the rollout of a scorer's training starts it, on CPU; the other backend says what is right."""
+    for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    import ray
+    from omegaconf import OmegaConf
+
+    from verl_speculator.scorer.spd_rollout import start_completions
+
+    texts = [[40, 41, 42], [7, 300], [9, 9, 9, 9, 9], [40, 41, 42]]
+    answers = {}
+    try:
+        for backend in ("hf", "vllm"):
+            custom = {"target_model_path": str(folder / "base"), "max_new_tokens": 8}
+            config = {
+                "actor": {"fsdp_config": {"model_dtype": "fp32"}},
+                "model": {"trust_remote_code": False, "quantization": {}},
+                "rollout": {"custom": custom | {"completion": {"backend": backend, "batch_size": 2}}},
+            }
+            completions = start_completions(OmegaConf.create(config))
+            answers[backend] = completions.answers(texts, [2, 1, 4, 3])
+    finally:
+        ray.shutdown()
+    assert answers["vllm"] == answers["hf"]
+    assert all(1 <= len(answer) <= 8 for answer in answers["vllm"])

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.conftest import run_process
 from tests.support.windows import make_window, write_window_file
-from verl_speculator.scorer.model import AutoModelForSPDScoring
+from verl_speculator.scorer.model import AutoModelForSPDScoring, read_config
 
 pytestmark = pytest.mark.slow
 
@@ -59,13 +59,16 @@ def runs(world, base_model):
         "model.scorer.inner_dim=8",
         "trainer.save_freq=1",
     ]
-    on_windows = [*shared, "actor.use_kl_loss=true", "actor.entropy_coeff=0.01", "trainer.total_training_steps=3"]
+    as_they_are = [*shared, "actor.use_kl_loss=true", "actor.entropy_coeff=0.01", "rollout.score_momentum=0.5"]
+    on_windows = [*as_they_are, "trainer.total_training_steps=3"]
+    by_two = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=1", f"trainer.default_local_dir={folder}/two"]
     resumed = [
         "trainer.resume_mode=resume_path",
         f"trainer.resume_from_path={folder}/whole/global_step_2",
     ]
     closed_loop = ["rollout.closed_loop=true", f"rollout.draft_model_path={draft}", "rollout.num_draft_tokens=3"]
     all_runs = [
+        [*as_they_are, *by_two],  # first: what it says of Ray's resources is enough for all
         [*on_windows, f"trainer.default_local_dir={folder}/whole", "trainer.test_freq=3"],
         [*on_windows, f"trainer.default_local_dir={folder}/resumed", *resumed],
         [*shared, *closed_loop, f"trainer.default_local_dir={folder}/closed", "trainer.total_training_steps=2"],
@@ -107,6 +110,21 @@ def test_three_steps_change_the_head_and_log_what_they_did(runs):
     assert logged[1]["actor/kl_loss"] == pytest.approx(0, abs=1e-7)
     assert logged[3]["actor/kl_loss"] > 1e-6
     assert "val-scorer/mismatch_accept_rate" in logged[3]
+    saved = read_config(folder / "whole/global_step_3/actor/scorer")
+    assert saved.score_mean != 0
+    assert 0 < saved.score_scale != 1
+
+
+def test_two_workers_make_the_step_of_one(runs):
+    folder, _ = runs
+    one, two = (weights(folder / name, 1) for name in ("whole", "two"))
+
+    assert one["head.out.weight"].abs().max() > 0
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-4)
+    same = ("scorer/reward", "scorer/mismatch_accept_rate", "actor/entropy")
+    logged = [curves(folder / name)[1] for name in ("whole", "two")]
+    assert [logged[1][name] for name in same] == pytest.approx([logged[0][name] for name in same], rel=1e-4)
 
 
 def test_a_resumed_run_goes_on_exactly(runs):

@@ -105,5 +105,14 @@ def test_fewer_drafts_for_more_requests(report, reference) -> None:
     assert counters["num_drafts"] < counters["num_draft_tokens"] < 3 * counters["num_drafts"]
 
 
+def test_a_rule_answers_as_in_decoding_in_torch(report, reference) -> None:
+    served, expected = report["lossy"], reference["lossy"]
+    assert served["tokens"] == expected["tokens"]
+    assert served["tokens"] != expected["strict"]
+    assert served["strict"] == expected["strict"][1:]
+    assert 0 < expected["lossy_accepted"] <= served["counters"]["lossy_accepted"]
+    assert served["after"]["lossy_accepted"] == served["counters"]["lossy_accepted"]
+
+
 def test_what_vllm_drafts_with_by_itself_is_left_to_it(report) -> None:
     assert report["eagle3"]["speculator"] == "EagleSpeculator"

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -30,6 +31,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
+# Of `serving_lossily.py`, which needs vLLM to be imported.
+PATTERN = "(yes|no) w[0-9]{1,3}( w[0-9]{1,2}){2,6} end"
 SPECULATORS = ("mlp", "mlp_untied_scaled", "rnn_drafts", "rnn_untied_dotted", "lstm", "lstm_tied_embeddings_dotted")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -133,6 +136,48 @@ def test_exported_folders_draft_the_same(report) -> None:
     assert fewer["accepted_per_position"][0] >= all_heads["accepted_per_position"][0], "fewer drafts, so more rounds"
 
 
+@pytest.mark.parametrize("rule", ["scorer", "accept-all"])
+def test_a_rule_answers_as_in_decoding_in_torch(rule: str, report, world) -> None:
+    served, expected = report[f"lossy {rule}"], json.loads((world / "lossy.json").read_text())
+    mine = expected["rules"][rule]
+    assert [answer["tokens"] for answer in served["lossy"]] == mine["tokens"]
+    assert mine["tokens"] != expected["rules"]["strict"]["tokens"]
+    assert [answer["tokens"] for answer in served["strict"]] == expected["rules"]["strict"]["tokens"]
+    # A round may go past the end of its text, of which our own count knows nothing.
+    beyond = 3 * len(mine["tokens"])
+    assert mine["lossy_accepted"] <= served["counters"]["lossy_accepted"] <= mine["lossy_accepted"] + beyond
+    assert served["counters"]["num_accepted_tokens"] > served["counters"]["lossy_accepted"]
+
+
+def test_a_rule_is_asked_and_does_not_accept_everything(world) -> None:
+    rules = json.loads((world / "lossy.json").read_text())["rules"]
+    assert 10 < rules["scorer"]["lossy_accepted"] < 0.8 * rules["accept-all"]["lossy_accepted"]
+
+
+def test_a_rule_overrides_neither_stop_tokens_nor_a_grammar(report, world) -> None:
+    expected = json.loads((world / "lossy.json").read_text())
+    served = report["lossy accept-all"]
+    stopped = [answer["stop_reason"] for answer in served["lossy"]]
+    assert expected["stop"] in stopped
+    for answer in served["grammar"]:
+        if answer["finish_reason"] == "stop":
+            assert re.fullmatch(PATTERN, answer["text"])
+        else:
+            assert re.match(r"(yes|no) w[0-9]{1,3}( w[0-9]{1,2}){1,6}", answer["text"])
+    counters = served["strict_counters"]
+    assert counters["before"]["lossy_accepted"] > served["counters"]["lossy_accepted"], "the rule was asked there too"
+
+
+def test_what_a_rule_refuses_can_be_had_losslessly(report) -> None:
+    served = report["lossy scorer"]
+    assert len(served["logprobs"][0]["logprobs"]) == 4
+    counters = served["strict_counters"]
+    assert counters["after"]["lossy_accepted"] == counters["before"]["lossy_accepted"]
+    for name, sentence in served["refused"].items():
+        assert f"{name}=" in sentence
+        assert "cannot be had with this server's acceptance rule, which is lossy" in sentence
+
+
 def test_compiled_base_and_speculator(report) -> None:
     compiled = report["compiled"]
     assert compiled["mode"] not in ("NONE", "0")
@@ -202,6 +247,12 @@ def exact_distribution(world: Path, prompt: list[int]) -> dict[tuple[int, ...], 
         ("broken_config", "is not usable: n_predict must be a positive integer, not 0."),
         ("no_effect", "draft_sample_method has no effect on the speculator"),
         ("pipeline", "pipeline_parallel_size must be 1 with a speculator of verl_speculator"),
+        ("lossy_unsaid", "accept='accept-all' changes what the base model says: set \"lossy\": true beside it."),
+        ("lossy_alone", 'lossy needs accept beside it, an acceptance rule such as "scorer:FOLDER".'),
+        ("no_rule", "accept: 'acept-all' is no acceptance rule; 'accept-all' is"),
+        ("no_scorer", "has no config.json: it holds no scorer"),
+        ("synthetic", "rejection_sample_method='synthetic' must be left out with accept."),
+        ("not_ours", "accept and lossy need a speculator of verl_speculator as the model of the speculative config."),
         ("old_engine", "but vLLM 0.27.1 is installed: install vllm>=0.28."),
         ("no_custom_class", "its SpeculativeConfig has no method 'custom_class' any more"),
         ("runner_moved", "has no parameter sample_hidden_states any more"),

@@ -217,6 +217,8 @@ class TransformerSpeculator(DraftVocabulary, Speculator):
         ids = given_draft_ids(arguments.draft_vocab_size, t2d, arguments.draft_vocab_path, vocab_size)
         size = vocab_size if ids is None else ids.shape[0]
         taken = {name: getattr(verifier_config, name, None) for name in _TAKEN_OVER}
+        # Where it is not written, transformers takes 128 for a Qwen3, and vLLM this.
+        taken["head_dim"] = taken["head_dim"] or verifier_config.hidden_size // verifier_config.num_attention_heads
         layer_config = {
             "model_type": draft_arch,
             **{name: value for name, value in taken.items() if value is not None},

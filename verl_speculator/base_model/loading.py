@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from verl_speculator.base_model.settings import LoadSettings
+from verl_speculator.base_model.settings import LoadSettings, read_quantization
 from verl_speculator.errors import ConfigError
 
 # What a base's weights may take of one accelerator's free memory: the cache, the activations and the speculator come
@@ -87,12 +87,17 @@ def load_target(base: str, settings: LoadSettings, tokenizer: Any) -> Target:
     device = pick_device(settings.device)
     name = "float32" if settings.dtype == "auto" and device.type == "cpu" else settings.dtype
     dtype = name if name == "auto" else getattr(torch, name)
-    device_map = settings.device_map
+    device_map: str | dict[str, torch.device] | None = settings.device_map
+    if settings.quantization is not None:
+        refuse_quantization_on(device, "--quantization")
     if device_map is None and settings.device == "auto" and _is_too_large_for_one(base, settings, dtype):
         device_map = "auto"
+    if settings.quantization is not None and device_map is None:
+        device_map = {"": device}  # quantised weights are made where they stay
     with _explain(base, "cannot load"):
         model = AutoModelForCausalLM.from_pretrained(
             base,
+            quantization_config=read_quantization(settings.quantization),
             dtype=dtype,
             device_map=device_map,
             attn_implementation=settings.attn_implementation,
@@ -110,6 +115,12 @@ def load_target(base: str, settings: LoadSettings, tokenizer: Any) -> Target:
     if rows != model.config.get_text_config().vocab_size:
         raise ConfigError(f"--base: lm_head of {base!r} has {rows} rows, which is not its config's vocab_size")
     return Target(model.eval(), tokenizer, stop_tokens(model, tokenizer), model.device, model.dtype)
+
+
+def refuse_quantization_on(device: torch.device, key: str) -> None:
+    """Raises ConfigError for a CPU."""
+    if device.type == "cpu":
+        raise ConfigError(f"{key} is for accelerators: on a CPU leave it out, and load the weights as they are")
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from verl_speculator.errors import ConfigError
 
@@ -22,6 +25,8 @@ class LoadSettings:
         revision: A branch, tag or commit of a name on the hub; None is the newest.
         trust_remote_code: Run Python code that comes with the base.
         attn_implementation: In transformers' words, such as "eager" or "flash_attention_2"; None leaves it to it.
+        quantization: Handed on as transformers' `quantization_config`, a mapping or its JSON, such as {"quant_method":
+            "bitsandbytes", "load_in_4bit": true}; None loads the weights as they are. On accelerators only.
 
     Raises:
         ConfigError: A value that cannot work; the message names its flag.
@@ -33,13 +38,31 @@ class LoadSettings:
     revision: str | None = None
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    quantization: Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DTYPES)
+        read_quantization(self.quantization)
         if self.device_map is not None:
             require_choice("device_map", self.device_map, DEVICE_MAPS)
             if self.device != "auto":
                 raise ConfigError(f"--device-map spreads the base over all devices: leave out --device={self.device}")
+
+
+def read_quantization(given: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
+    """What transformers takes. Raises ConfigError for what is no object that names its method."""
+    if given is None:
+        return None
+    try:
+        values = json.loads(given) if isinstance(given, str) else dict(given)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or "quant_method" not in values:
+        raise ConfigError(
+            'quantization must be for transformers, such as {"quant_method": "bitsandbytes", "load_in_4bit": true}, '
+            f"not {given!r}"
+        )
+    return values
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -115,6 +115,12 @@ def add_load_arguments(group: Any) -> None:
         metavar="NAME",
         help="such as eager, sdpa or flash_attention_2 (default: transformers')",
     )
+    group.add_argument(
+        "--quantization",
+        metavar="JSON",
+        help='transformers\' quantization_config, such as {"quant_method": "bitsandbytes", "load_in_4bit": true}; on '
+        "accelerators",
+    )
 
 
 def settings_of(args: argparse.Namespace) -> EvaluationSettings:

@@ -14,6 +14,7 @@ Write a speculator in another form, and check that its reader will find all it n
   arctic   Snowflake's Arctic Inference
   ibm      engines that read IBM's MLPSpeculator (vLLM 0.5 to 0.9, fms-extras, TGI)
   eagle3   engines that read EAGLE-3's own files; vLLM reads a checkpoint as it is, and these too
+  dflash   the same for DFlash
   hf       a folder for the Hugging Face hub, with a model card; vLLM reads it with this package installed
 
   verl-speculator export --format hf outputs/global_step_100 OUT --push owner/name --eval report/eval.json
@@ -23,7 +24,7 @@ Write a speculator in another form, and check that its reader will find all it n
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="speculator folder or global_step_N folder")
     parser.add_argument("destination", metavar="DST", help="new folder")
-    parser.add_argument("--format", required=True, choices=("arctic", "ibm", "hf", "eagle3"))
+    parser.add_argument("--format", required=True, choices=("arctic", "ibm", "hf", "eagle3", "dflash"))
     parser.add_argument("--base-architecture", help="the base model's, such as LlamaForCausalLM; for arctic only")
 
     hub = parser.add_argument_group("for the hub, with --format hf")

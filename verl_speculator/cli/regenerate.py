@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("give --backend or --endpoint, not both: the server has an engine of its own")
     if args.backend == "vllm" and not importlib.util.find_spec("vllm"):
         raise ConfigError("--backend vllm needs vLLM: pip install 'verl_speculator[vllm]', or take --backend hf")
-    of_hf = [f"--{name.replace('_', '-')}" for name in ("device", "device_map", "attn_implementation")]
+    of_hf = [f"--{name.replace('_', '-')}" for name in ("device", "device_map", "attn_implementation", "quantization")]
     given_of_hf = [flag for flag in of_hf if getattr(args, flag[2:].replace("-", "_")) not in (None, "auto")]
     if given_of_hf and (args.endpoint or backend != "hf"):
         raise ConfigError(f"{given_of_hf[0]} is for --backend hf: give that too, or leave it out")

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     from verl_speculator.scorer.data import collect_windows, load_drafter, read_questions
     from verl_speculator.scorer.windows import write_windows
 
-    drafter = load_drafter(args.draft, args.base, target, args.num_drafts)
+    drafter = load_drafter(args.draft, args.base, target, args.num_drafts, args.quantization)
     questions = read_questions(
         args.data,
         args.answers,

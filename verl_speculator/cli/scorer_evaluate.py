@@ -45,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accuracy-bound", type=float, default=0.01, help="of the loss, at 95 %% one-sided (default: %(default)s)"
     )
     rules.add_argument(
+        "--threshold-places",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="PLACE",
+        help="from these places of an answer on a scorer may get another threshold, chosen in the same way",
+    )
+    rules.add_argument(
         "--oracle", type=int, default=0, metavar="N", help="also what a rule that knew the future saves, on N prompts"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="all figures")
@@ -62,13 +70,16 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--accept: two rules have the same name; name them with LABEL=RULE")
     if not args.validation and any(spec.is_chosen for spec in specs):
         raise ConfigError("--validation: give chats on which the settings of the rules can be chosen")
+    places = tuple(args.threshold_places)
+    if list(places) != sorted(set(places)) or any(place < 1 for place in places):
+        raise ConfigError(f"--threshold-places must be above 0 and in ascending order, not {list(places)}")
     import_all(args.imports)
     target = load(args)
 
     from verl_speculator.scorer.answers import AnswerCheck
     from verl_speculator.scorer.data import load_drafter, read_questions
 
-    drafter = load_drafter(args.draft, args.base, target, args.num_drafts)
+    drafter = load_drafter(args.draft, args.base, target, args.num_drafts, args.quantization)
     options = {"messages_key": args.messages_key, "max_new_tokens": args.max_new_tokens}
     validation = read_questions(args.validation, args.answers, target, **options) if args.validation else []
     test = read_questions(args.data, args.answers, target, limit=args.num_prompts, **options)
@@ -85,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
                 batch_size=args.batch_size,
                 accuracy_bound=args.accuracy_bound,
                 num_oracle=args.oracle,
+                threshold_places=places,
             ),
             check=AnswerCheck(args.answer_pattern),
             report=bars.update,

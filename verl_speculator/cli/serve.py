@@ -37,7 +37,15 @@ Start vLLM's server with a speculator that drafts for the base model. Options th
   verl-speculator serve BASE --speculator outputs/global_step_100 --port 8000 --max-model-len 4096
 
 It listens on this machine only, at 127.0.0.1; --host 0.0.0.0 lets others in.
+
+Answers are the base model's own, whatever the speculator drafts. With --accept they are not: that is lossy. A request
+asks for a lossless answer with "vllm_xargs": {"lossy": false}.
 """
+LOSSY = (
+    "LOSSY: {rule} keeps drafts that the base model would not have written. Requests must be greedy "
+    '("temperature": 0); one with "vllm_xargs": {{"lossy": false}} is answered losslessly. '
+    "Counter in /metrics: vllm:spec_decode_lossy_accepted_total."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-schedule",
         metavar="JSON",
         help="drafts by number of requests, as --tune prints it: [[1, 3, 3], [4, 16, 1]] are 3 for 1 to 3 requests",
+    )
+    parser.add_argument(
+        "--accept",
+        metavar="RULE",
+        help="LOSSY: keep drafts that the base would not have written where an acceptance rule lets them pass: "
+        "scorer:FOLDER[@THRESHOLD], probability:P, top-k:K, ...",
     )
     add_import_argument(parser)
     tuning = parser.add_argument_group("finding a schedule: --tune, which does not go on to serve")
@@ -76,20 +90,26 @@ def run(args: argparse.Namespace) -> int:
     speculator = os.path.abspath(args.speculator) if os.path.isdir(args.speculator) else args.speculator
     options = read_options(rest)
     make_importable(args.imports)
-    check_before_serving(base, speculator, args.num_draft_tokens, options)
+    accept = _absolute(args.accept)
+    check_before_serving(base, speculator, args.num_draft_tokens, options, accept)
     schedule = _read_schedule(args.draft_schedule)
     if args.tune:
-        return _tune(args, base, speculator, rest)
+        return _tune(args, base, speculator, rest, accept)
     if not any(option.is_called("--host", "--ho") or option.name == "--uds" for option in options):
         rest = [*rest, "--host", LOCALHOST]  # vLLM's own default is every address that the machine has
-    print(shlex.join(without_secrets(vllm_command(base, speculator, args.num_draft_tokens, rest, schedule))))
+    print(shlex.join(without_secrets(vllm_command(base, speculator, args.num_draft_tokens, rest, schedule, accept))))
+    if accept is not None:
+        print(f"\n{LOSSY.format(rule=accept)}")
     if args.print_command:
         return 0
     print(f"\nOnce the server says that it is ready:\n\n{how_to_call(base, options)}\n", flush=True)
     key, rest = take_api_key(rest)
     if key is not None:
         os.environ["VLLM_API_KEY"] = key  # vLLM logs its command line, and other users of the machine can see it
-    command = vllm_command(base, speculator, args.num_draft_tokens, rest, schedule)
+    if accept is not None and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        # The rule's counter is a worker's, and /metrics another process: prometheus_client adds them up there.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="verl-speculator-metrics-")
+    command = vllm_command(base, speculator, args.num_draft_tokens, rest, schedule, accept)
     return os.execv(command[0], command)
 
 
@@ -105,7 +125,15 @@ def _read_schedule(text: str | None) -> list[list[int]] | None:
     raise ConfigError(f"--draft-schedule must be a JSON list of [first, last, drafts], not {text!r}")
 
 
-def _tune(args: argparse.Namespace, base: str, speculator: str, rest: Sequence[str]) -> int:
+def _absolute(rule: str | None) -> str | None:
+    """The rule with scorers' folders under names that hold wherever a worker of vLLM starts."""
+    from verl_speculator.scorer.rule import scorer_folders, written
+
+    folders, thresholds = scorer_folders(rule or "")
+    return written([os.path.abspath(folder) for folder in folders], thresholds) if folders else rule
+
+
+def _tune(args: argparse.Namespace, base: str, speculator: str, rest: Sequence[str], accept: str | None) -> int:
     """Measure a server with each number of drafts, one after the other, and print what to serve with."""
     from verl_speculator.data.chats import check_chat_file
     from verl_speculator.serving.recognition import find_speculator, number_of_drafts
@@ -128,7 +156,7 @@ def _tune(args: argparse.Namespace, base: str, speculator: str, rest: Sequence[s
     with tempfile.TemporaryDirectory() as folder:
         prompts = write_prompts(base, args.data, args.messages_key, args.requests, Path(folder))
         for drafts in range(most + 1):
-            command = vllm_command(base, speculator if drafts else None, drafts or None, rest)
+            command = vllm_command(base, speculator if drafts else None, drafts or None, rest, accept=accept)
             with Server(command, Path(folder) / "server.log") as url:
                 name = f"{drafts} draft{'s' * (drafts != 1)}"
                 results += put_under_load(name, drafts, url, base, prompts, settings)
@@ -157,6 +185,7 @@ def vllm_command(
     num_speculative_tokens: int | None,
     rest: Sequence[str],
     schedule: list[list[int]] | None = None,
+    accept: str | None = None,
 ) -> list[str]:
     """The command line that serves `base`, with `speculator` or alone: vLLM as it is installed for this interpreter."""
     options = list(rest)
@@ -166,6 +195,8 @@ def vllm_command(
             speculative["num_speculative_tokens"] = num_speculative_tokens
         if schedule is not None:
             speculative["num_speculative_tokens_per_batch_size"] = schedule
+        if accept is not None:
+            speculative |= {"accept": accept, "lossy": True}
         options = ["--speculative-config", json.dumps(speculative), *rest]
     if _has_vllm_command():
         return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", base, *options]

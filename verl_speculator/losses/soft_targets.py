@@ -41,6 +41,8 @@ from verl_speculator.losses.linear_cross_entropy import equal_chunks, matmul_dty
 TERMS = ("ce", "kl", "rkl", "tv", "nla", "lk")
 # The best of the paper's table.
 LK_ETA = 3.0
+# The dozen passes over a row's logits find them in the processor's cache if there are so many of them at a time.
+_BLOCK_ELEMENTS = 2**18
 
 
 @dataclass(frozen=True)
@@ -228,12 +230,15 @@ class _SoftTargetLoss(torch.autograd.Function):
                     logits_RV = torch.mm(states[i][own], weight.t()).to(sum_dtype)
                     head = work.heads[i]
                     own_target = target and target.at(head.target_rows[own] - target_rows.start)
-                    grad_RV = _row_losses(work.objective, logits_RV, own_target, head.labels[own], rows[i], own)
+                    for block in _row_blocks(logits_RV):
+                        here = slice(own.start + block.start, own.start + block.stop)
+                        block_target = own_target and own_target.of_rows(block)
+                        _row_losses(work.objective, logits_RV[block], block_target, head.labels[here], rows[i], here)
                     if head.rows_before is not None:
                         _weigh_by_reach(i, own, head.rows_before[own], rows, reached, has_target=target is not None)
                         row_weights[i][own] *= reached[i][own]
                     row_weights_R1 = row_weights[i][own].unsqueeze(1)
-                    grad_RV = grad_RV.to(dtype)
+                    grad_RV = logits_RV.to(dtype)
                     grad_states, grad_weight = gradients[i], gradients[num_heads + work.weight_of[i]]
                     if grad_states is not None:
                         torch.mm(grad_RV, weight, out=grad_states[own])
@@ -259,6 +264,14 @@ class _SoftTargetLoss(torch.autograd.Function):
         return (None, None, None, *scaled_gradients(ctx, grad_loss))
 
 
+def _row_blocks(logits_RV: Tensor) -> Iterator[slice]:
+    """Rows that are worked on together, between the products: on a CPU as many as a core's cache holds."""
+    num_rows, vocab_size = logits_RV.shape
+    size = max(_BLOCK_ELEMENTS // vocab_size, 1) if logits_RV.device.type == "cpu" else num_rows
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
+
+
 class _RowResults(NamedTuple):
     """A head's results, filled in chunk by chunk."""
 
@@ -274,6 +287,9 @@ class _TargetChunk(NamedTuple):
     probs_CV: Tensor
     entropy_C1: Tensor
     log_probs_CV: Tensor | None
+
+    def of_rows(self, rows: slice) -> _TargetChunk:
+        return _TargetChunk(*(None if part is None else part[rows] for part in self))  # type: ignore[arg-type]
 
     def at(self, rows_R: Tensor) -> _TargetChunk:
         # Ascending and without repeats: as many rows as there are need no copy.
@@ -330,8 +346,8 @@ def _row_losses(
     labels_R: Tensor,
     rows: _RowResults,
     own: slice,
-) -> Tensor:
-    """Fill in the results of rows `own`; returns the gradient of their losses [R, V], in the memory of the logits."""
+) -> None:
+    """Fill in the results of rows `own`; the logits become the gradient of their losses."""
     weights = {name: objective.weights.get(name, 0.0) for name in TERMS}
     max_logit_R1, drafts_R1 = logits_RV.max(dim=1, keepdim=True)
     rows.correct[own] = drafts_R1.squeeze(1) == labels_R
@@ -391,4 +407,5 @@ def _row_losses(
         grad_RV.scatter_add_(1, labels_R1, -ce_weight_R1)
     rows.losses[own] = loss_R1.squeeze(1)
     rows.cross_entropies[own] = ce_R1.masked_fill(~has_label_R1, torch.inf).squeeze(1)
-    return grad_RV.div_(objective.temperature) if objective.temperature != 1.0 else grad_RV
+    if objective.temperature != 1.0:
+        grad_RV.div_(objective.temperature)

@@ -22,13 +22,14 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from verl_speculator.reports.writing import short, visible
 
 WIDTH, HEIGHT = 460, 270  # a chart's own units, which the page scales to its column
 NUM_COLOURS = 6
 _MAX_POINTS = 240  # of a line; more cannot be told apart
+_SYMMETRIC_TICKS = (-100, -50, -20, -10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100)  # times a reference
 _CHARACTER = 7.0  # width of one in a label
 
 # A colour's stand-in and the page's variable for it, which templates/style.css sets.
@@ -205,10 +206,17 @@ def scatter_chart(
     reference: float,
     reference_label: str,
 ) -> str:
-    """Named points, thin lines through what was tried beside them, and a dashed line at `reference` of the x axis."""
+    """Named points, thin lines through what was tried beside them, and a dashed line at `reference` of the x axis.
+
+    The x axis is linear up to twice `reference` on either side of 0 and logarithmic beyond: what lies far beyond the
+    reference is shown, and leaves the room to what is near it.
+    """
     chart = _Chart(title, HEIGHT)
     with chart.axes(x_label, y_label) as axes:
-        _set_ticks(axes.xaxis, write)
+        axes.set_xscale("symlog", linthresh=2 * reference)
+        axes.xaxis.set_major_locator(FixedLocator([reference * by for by in _SYMMETRIC_TICKS]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
         _set_ticks(axes.yaxis, short)
         for series, path in paths:
             if path:

@@ -193,6 +193,8 @@ class Choice:
 
     setting: float | None  # None: nothing kept the bound but strict decoding
     tried: list[RuleResult]
+    # Where thresholds were chosen by the place in the answer: all of them, that of place 0 among them.
+    by_position: tuple[tuple[int, float], ...] = ()
 
 
 def choose_setting(
@@ -205,18 +207,23 @@ def choose_setting(
 ) -> Choice:
     """The setting with most tokens per target call among those whose accuracy loss stays below the bound.
 
-    `settings` go from careful to bold: once two in a row break the bound, the bolder ones are not tried.
+    `settings` go from careful to bold, and bolder ones lose more: the boldest that keeps the bound is found by halving.
 
     Raises:
         ConfigError: A bound that is not above 0.
     """
     if not 0 < accuracy_bound < 1:
         raise ConfigError(f"accuracy_bound={accuracy_bound} must be between 0 and 1: points of accuracy over 100")
-    tried: list[RuleResult] = []
-    for setting in settings:
-        tried.append(compare(name, setting, decode(setting), strict))
-        if len(tried) > 1 and all(one.accuracy_loss_upper_95 > accuracy_bound for one in tried[-2:]):
-            break
+    found: dict[int, RuleResult] = {}
+    first, last = 0, len(settings)  # what lies before `first` keeps the bound, and from `last` on breaks it
+    while first < last:
+        middle = (first + last) // 2
+        found[middle] = compare(name, settings[middle], decode(settings[middle]), strict)
+        if found[middle].accuracy_loss_upper_95 <= accuracy_bound:
+            first = middle + 1
+        else:
+            last = middle
+    tried = [found[index] for index in sorted(found)]
     kept = [one for one in tried if one.accuracy_loss_upper_95 <= accuracy_bound]
     best = max(kept, key=lambda one: one.tokens_per_target_call, default=None)
     if best is None or best.tokens_per_target_call <= strict.tokens_per_target_call:
@@ -227,4 +234,5 @@ def choose_setting(
 def score_quantiles(scores: Tensor, count: int) -> list[float]:
     """Thresholds from careful to bold that let through ever more of the mismatches with these `scores [N]`."""
     shares = torch.linspace(1 - 1 / (count + 1), 1 / (count + 1), count, dtype=torch.float64)
-    return sorted({round(value, 6) for value in scores.double().quantile(shares).tolist()}, reverse=True)
+    # Not rounded: a head that is sure has many scores close to 1.
+    return sorted(set(scores.double().quantile(shares).tolist()), reverse=True)

@@ -29,18 +29,18 @@ from verl_speculator.scorer.closed_loop import (
 )
 from verl_speculator.scorer.data import AnyDrafter, Question, Report
 from verl_speculator.scorer.labels import Oracle
-from verl_speculator.scorer.rule import ScorerRule, check_rule, load_rule, scorer_folders
+from verl_speculator.scorer.rule import ScorerRule, Thresholds, check_rule, load_rule, scorer_folders
 
 # From careful to bold.
 GRIDS: dict[str, tuple[float, ...]] = {
-    "random": (0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
-    "probability": (0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01, 0.003),
+    "random": (0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4),
+    "probability": (0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.003),
     "top-k": (2, 3, 4, 6, 10),
-    "kl": (0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0),
-    "margin": (0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.4, 0.2),
-    "entropy": (0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05),
+    "kl": (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 4.0),
+    "margin": (0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.875, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.2),
+    "entropy": (0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05),
 }
-_THRESHOLDS_TRIED = 14
+_THRESHOLDS = 120  # of which seven are tried
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class RuleSpec:
         """Whether the setting is chosen on validation questions."""
         return self.text in GRIDS or (self.is_scorer and scorer_folders(self.text)[1] is None)
 
-    def make(self, target: Target, setting: float | None) -> AcceptanceRule | None:
+    def make(self, target: Target, setting: float | Thresholds | None) -> AcceptanceRule | None:
         """The rule, with `setting` where it is chosen; None is strict."""
         text = f"{self.text}:{setting:g}" if self.text in GRIDS else self.text
         return load_rule(text, target.model, setting)
@@ -83,7 +83,7 @@ class _Listener(ScorerRule):
     """Notes the scores of all mismatches and accepts none: decoding stays strict."""
 
     def __init__(self, rule: ScorerRule) -> None:
-        super().__init__(rule.scorers, rule.threshold)
+        super().__init__(rule.scorers, rule.thresholds)
         self.heard: list[Tensor] = []
 
     def accepts(self, verification: Verification) -> Tensor:
@@ -115,6 +115,7 @@ class ComparisonSettings:
     accuracy_bound: float = 0.01
     num_examples: int = 4
     num_oracle: int = 0  # questions on which the oracle is measured; 0 leaves it out
+    threshold_places: tuple[int, ...] = ()  # from where on in an answer a scorer gets another threshold
 
 
 def compare_rules(
@@ -162,7 +163,7 @@ def compare_rules(
                 if setting is None:
                     outcome.results[spec.label] = compare(spec.label, None, strict, strict)
                     continue
-            rule = spec.make(target, setting)
+            rule = spec.make(target, choice.by_position if spec.is_chosen and choice.by_position else setting)
             answered[spec.label] = decode(test, _always(rule), spec.label)
             outcome.results[spec.label] = compare(spec.label, setting, answered[spec.label], strict)
     if settings.num_oracle:
@@ -194,13 +195,44 @@ def _choose(
     if isinstance(rule, ScorerRule):
         listener = _Listener(rule)
         decode(lambda batch: listener, f"{spec.label}, scores")
-        grid = score_quantiles(torch.cat(listener.heard), _THRESHOLDS_TRIED) if listener.heard else ()
+        grid = score_quantiles(torch.cat(listener.heard), _THRESHOLDS) if listener.heard else ()
 
     def with_setting(setting: float) -> Answered:
         made = ScorerRule(rule.scorers, setting) if isinstance(rule, ScorerRule) else spec.make(target, setting)
         return decode(lambda batch: made, f"{spec.label} at {setting:.3g}")
 
-    return choose_setting(spec.label, grid, with_setting, strict, accuracy_bound=settings.accuracy_bound)
+    choice = choose_setting(spec.label, grid, with_setting, strict, accuracy_bound=settings.accuracy_bound)
+    if not isinstance(rule, ScorerRule) or choice.setting is None or not settings.threshold_places:
+        return choice
+    return _by_position(spec, rule, grid, choice, strict, decode, settings)
+
+
+def _by_position(
+    spec: RuleSpec,
+    rule: ScorerRule,
+    grid: Sequence[float],
+    choice: Choice,
+    strict: Answered,
+    decode: Callable[[Callable[[list[int]], Any], str], Answered],
+    settings: ComparisonSettings,
+) -> Choice:
+    """Go through the places, and let what follows each have the threshold that saves most within the same bound."""
+    assert choice.setting is not None
+    chosen: Thresholds = ((0, choice.setting),)
+    tried = list(choice.tried)
+    saved = max((one.tokens_per_target_call for one in choice.tried if one.setting == choice.setting), default=0.0)
+    for place in settings.threshold_places:
+
+        def from_here_on(setting: float, before: Thresholds = chosen, place: int = place) -> Answered:
+            made = ScorerRule(rule.scorers, (*before, (place, setting)))
+            return decode(lambda batch: made, f"{spec.label} at {setting:.3g} from {place} on")
+
+        found = choose_setting(spec.label, grid, from_here_on, strict, accuracy_bound=settings.accuracy_bound)
+        tried += found.tried
+        best = max((one.tokens_per_target_call for one in found.tried if one.setting == found.setting), default=0.0)
+        if found.setting is not None and found.setting != chosen[-1][1] and best > saved:
+            chosen, saved = (*chosen, (place, found.setting)), best
+    return Choice(choice.setting, tried, chosen if len(chosen) > 1 else ())
 
 
 def _examples(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verl_speculator.errors import ConfigError, nearest_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What is known of a mismatch beside the target's states; `features.py` has the formulas.
 SCALARS = (
@@ -42,7 +45,10 @@ class ScoringModelConfig:
         lookahead: A mismatch is judged with this many next drafts in view: the states after reading them, and whether
             they match. They are computed in the same forward, so this costs nothing.
         accept_bias: The log odds of accepting that a fresh head starts with.
-        temperature: Scores are `sigmoid(z / temperature)`.
+        temperature: Scores are `sigmoid((z - score_mean) / (score_scale * temperature))`, with z the log odds of
+            accepting: see `normalise`.
+        score_mean: What training has found as the mean of z over mismatches, where scores are to be normalised.
+        score_scale: And as its standard deviation.
         threshold: A mismatch is accepted from this score on.
         thresholds_by_position: Pairs (place in the answer, threshold): another threshold from that place on. An early
             error has more time to do harm.
@@ -60,6 +66,8 @@ class ScoringModelConfig:
     lookahead: int = 0
     accept_bias: float = 0.0
     temperature: float = 1.0
+    score_mean: float = 0.0
+    score_scale: float = 1.0
     threshold: float = 0.5
     thresholds_by_position: tuple[tuple[int, float], ...] = ()
 
@@ -78,8 +86,9 @@ class ScoringModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}={value!r} of a scorer must be an integer from {least} on")
-        if self.lora_alpha <= 0 or self.temperature <= 0:
-            raise ConfigError(f"lora_alpha={self.lora_alpha} and temperature={self.temperature} must be above 0")
+        for name in ("lora_alpha", "temperature", "score_scale"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} of a scorer must be above 0")
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold={self.threshold} of a scorer must be between 0 and 1")
         known = (*SCALARS, *DRAFT_SCALARS)
@@ -104,6 +113,10 @@ class ScoringModelConfig:
         """What the head reads of a mismatch: see `features.head_features`."""
         states = (3 + self.lookahead) * self.hidden_size if self.use_states else 0
         return states + 2 * self.lookahead + len(self.scalars)
+
+    def normalise(self, log_odds: Tensor) -> Tensor:
+        """What a score is the sigmoid of, from the log odds of accepting."""
+        return (log_odds - self.score_mean) / (self.score_scale * self.temperature)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,4 +1,7 @@
-"""What a training adjusts beside the weights: the price of a target call, and the threshold; checkpoints hold both."""
+"""What a training adjusts beside the weights: the price of a target call, the threshold, by what scores are normalised.
+
+Checkpoints hold all of it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, pvariance
 
 from verl_speculator.errors import CheckpointError
 from verl_speculator.scorer.settings import RewardSettings, RolloutSettings
@@ -15,7 +19,7 @@ STATE_FILE = "scorer_state.json"
 
 @dataclass
 class Controllers:
-    """Two numbers and the rules that move them.
+    """A few numbers and the rules that move them.
 
     With a fixed price of a call, rejecting every mismatch can be the best policy, and so can accepting all. The price λ
     is therefore the multiplier of the bound "lose at most `accuracy_loss` against strict decoding", by dual ascent: λ
@@ -24,10 +28,15 @@ class Controllers:
     Attributes:
         cost_price: λ.
         threshold: A mismatch is accepted from this score on.
+        score_mean: Of the log odds of accepting a mismatch, and
+        score_variance: theirs: running statistics over the steps, where they are wanted.
     """
 
     cost_price: float
     threshold: float
+    score_mean: float = 0.0
+    score_variance: float = 1.0
+    has_statistics: bool = False
 
     @classmethod
     def start(cls, reward: RewardSettings, rollout: RolloutSettings) -> Controllers:
@@ -45,6 +54,25 @@ class Controllers:
         moved = self.threshold + rollout.threshold.step_size * (rate - rollout.threshold.acceptance_rate)
         self.threshold = min(max(moved, 0.0), 1.0)
 
+    def update_statistics(self, rollout: RolloutSettings, log_odds: list[float]) -> None:
+        """Let these mismatches' log odds count with `score_momentum`; the first are all there is."""
+        if not rollout.score_momentum or not log_odds:
+            return
+        share = rollout.score_momentum if self.has_statistics else 1.0
+        mean = fmean(log_odds)
+        shift = mean - self.score_mean
+        # The variance of a mixture: that within the parts and that between them.
+        self.score_variance = (
+            (1 - share) * self.score_variance + share * pvariance(log_odds, mean) + share * (1 - share) * shift**2
+        )
+        self.score_mean += share * shift
+        self.has_statistics = True
+
+    @property
+    def score_scale(self) -> float:
+        # Where all scores are the same there is nothing to bring to a common size.
+        return max(math.sqrt(self.score_variance), 1e-3) if self.has_statistics else 1.0
+
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / STATE_FILE).write_text(json.dumps(asdict(self)) + "\n")
@@ -55,6 +83,9 @@ class Controllers:
         try:
             saved = json.loads(path.read_text())
             self.cost_price, self.threshold = float(saved["cost_price"]), float(saved["threshold"])
+            # A version without statistics had none to write.
+            self.score_mean, self.score_variance = saved.get("score_mean", 0.0), saved.get("score_variance", 1.0)
+            self.has_statistics = saved.get("has_statistics", False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read, it is missing or damaged: {error}") from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from verl_speculator.base_model.loading import Target
+from verl_speculator.base_model.settings import read_quantization
 from verl_speculator.data.chats import check_chat_file, read_chats
 from verl_speculator.data.prompts import encode_chats, left_pad, split_by_length
 from verl_speculator.decoding import Drafter, DraftModel, speculative_generate
@@ -63,8 +64,12 @@ def read_questions(
     return questions
 
 
-def load_drafter(folder: str, base: str, target: Target, num_drafts: int) -> AnyDrafter:
+def load_drafter(
+    folder: str, base: str, target: Target, num_drafts: int, quantization: Mapping[str, Any] | str | None = None
+) -> AnyDrafter:
     """A speculator, or a language model with the target's tokens; the target's own weights where it is the same folder.
+
+    `quantization`, of `LoadSettings`, is for a language model.
 
     Raises:
         SpeculatorError: It is neither, or its vocabulary is another.
@@ -81,7 +86,14 @@ def load_drafter(folder: str, base: str, target: Target, num_drafts: int) -> Any
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=target.dtype).to(target.device).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=target.dtype,
+            quantization_config=read_quantization(quantization),
+            # Quantised weights are made where they stay.
+            device_map=None if quantization is None else {"": target.device},
+        )
+        model = (model if quantization is not None else model.to(target.device)).eval()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"--draft: {folder!r} is neither a speculator nor a language model ({error})") from error
     sizes = [one.get_output_embeddings().weight.shape[0] for one in (model, target.model)]

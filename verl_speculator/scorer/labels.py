@@ -31,11 +31,18 @@ def complete(
     batch_size: int,
     report: Report = lambda doing, done, total: None,
 ) -> list[list[int]]:
-    """What the target writes greedily after each prefix, up to `max_lengths[i]` tokens of both together."""
+    """What the target writes greedily after each prefix, up to `max_lengths[i]` tokens of both together.
+
+    A prefix that has ended, with a stop token, is followed by nothing.
+    """
     completions: list[list[int]] = [[] for _ in prefixes]
     # Those that have as much to write together: a batch takes as long as its longest.
     order = sorted(range(len(prefixes)), key=lambda index: max_lengths[index] - len(prefixes[index]))
-    order = [index for index in order if max_lengths[index] > len(prefixes[index])]
+    order = [
+        index
+        for index in order
+        if max_lengths[index] > len(prefixes[index]) and prefixes[index][-1] not in target.stop_tokens
+    ]
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         room = [max_lengths[index] - len(prefixes[index]) for index in batch]
@@ -45,6 +52,10 @@ def complete(
             completions[index] = tokens[:most]
         report("Completing", start + len(batch), len(order))
     return completions
+
+
+def _context(window: Window) -> list[int]:
+    return window.input_ids[: window.draft_start_idx]
 
 
 @dataclass
@@ -75,20 +86,31 @@ def mine_labels(
     check = check or AnswerCheck()
     if not windows:
         raise DataError("there are no windows to label: no draft differed from what the target would have written")
-    prefixes, limits = [], []
+
+    def written(prefixes: list[list[int]], of: Sequence[Window]) -> list[list[int]]:
+        limits = [window.prompt_length + max_new_tokens for window in of]
+        completions = complete(target, prefixes, limits, batch_size=batch_size, report=report)
+        return [prefix + tokens for prefix, tokens in zip(prefixes, completions, strict=True)]
+
+    # After a context that lies on its way the target goes on as it did from the prompt's first: one text answers all.
+    firsts: dict[int, Window] = {}
     for window in windows:
-        ends = [0, *(slot + 1 for slot in window.mismatches)]
-        prefixes += [window.input_ids[: window.draft_start_idx + end] for end in ends]
-        limits += [window.prompt_length + max_new_tokens] * len(ends)
-    completions = complete(target, prefixes, limits, batch_size=batch_size, report=report)
+        known = firsts.setdefault(window.prompt_index, window)
+        if window.draft_start_idx < known.draft_start_idx:
+            firsts[window.prompt_index] = window
+    texts = dict(zip(firsts, written([_context(one) for one in firsts.values()], list(firsts.values())), strict=True))
+    prefixes, owners = [], []
+    for window in windows:
+        context = _context(window)
+        if texts[window.prompt_index][: len(context)] == context:
+            context = texts[window.prompt_index]
+        prefixes += [context, *(window.input_ids[: window.draft_start_idx + slot + 1] for slot in window.mismatches)]
+        owners += [window] * (1 + len(window.mismatches))
     given = iter(
         check.extract(text)
         for text in decode_texts(
             target,
-            [
-                prefix[limit - max_new_tokens :] + tokens
-                for prefix, limit, tokens in zip(prefixes, limits, completions, strict=True)
-            ],
+            [text[window.prompt_length :] for text, window in zip(written(prefixes, owners), owners, strict=True)],
         )
     )
     counts, labelled = LabelCounts(), []

@@ -138,7 +138,8 @@ class ScoringActor(nn.Module):
 
     def score_tokens(self, verification: Verification) -> Tensor:
         """Probability [B, k] of accepting each draft; 1 where it matches."""
-        return self.decision_logits(verification).div(self.scoring_config.temperature).softmax(-1)[..., 1]
+        log_odds = self.decision_logits(verification).diff(dim=-1).squeeze(-1)
+        return self.scoring_config.normalise(log_odds).sigmoid()
 
     def decision_logits(self, verification: Verification) -> Tensor:
         """Logits [B, k, 2] of each draft, as `forward` gives them for the same window."""
@@ -281,13 +282,17 @@ class AutoModelForSPDScoring:
             MissingFileError: The folder holds no scorer.
             CheckpointError: Its files do not belong together.
         """
+        return _with_weights(AutoModelForSPDScoring.from_config(read_config(folder), target, dtype=dtype), folder)
+
+    @staticmethod
+    def on_states(folder: str | Path, backbone: Any) -> ScoringActor:
+        """The scorer in `folder`, without LoRA, where another engine runs the target and only decisions are asked for.
+
+        `backbone` has the target's `config`, and `get_input_embeddings()` gives what embeds its tokens. Errors are as
+        of `from_pretrained`.
+        """
         config = read_config(folder)
-        path = Path(folder) / WEIGHTS_FILE
-        if not path.is_file():
-            raise MissingFileError(f"{str(folder)!r} has no {WEIGHTS_FILE}: it holds no scorer")
-        actor = AutoModelForSPDScoring.from_config(config, target, dtype=dtype)
-        actor.load_trained_state(load_file(path), str(path))
-        return actor
+        return _with_weights(ScoringActor(config, backbone, ScoreHead(config)).train(False), folder)
 
 
 def read_config(folder: str | Path) -> ScoringModelConfig:
@@ -299,6 +304,14 @@ def read_config(folder: str | Path) -> ScoringModelConfig:
     if values.pop("model_type", None) != MODEL_TYPE:
         raise CheckpointError(f"{str(path)!r} is not of a scorer: its model_type should be {MODEL_TYPE!r}")
     return ScoringModelConfig.from_dict(values)
+
+
+def _with_weights(actor: ScoringActor, folder: str | Path) -> ScoringActor:
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise MissingFileError(f"{str(folder)!r} has no {WEIGHTS_FILE}: it holds no scorer")
+    actor.load_trained_state(load_file(path), str(path))
+    return actor
 
 
 def _forced(logits: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ class RecordedDecisions:
         finally:
             hook.remove()
         if self._generator is None:
-            accepts = (log_odds / self._actor.scoring_config.temperature).sigmoid() >= self._threshold
+            accepts = self._actor.scoring_config.normalise(log_odds).sigmoid() >= self._threshold
         else:
             drawn = torch.rand(log_odds.shape, generator=self._generator).to(log_odds.device)
             accepts = drawn < (log_odds / self._temperature).sigmoid()

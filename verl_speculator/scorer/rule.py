@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,17 +14,22 @@ from verl_speculator.errors import ConfigError
 from verl_speculator.scorer.model import AutoModelForSPDScoring, ScoringActor, read_config
 
 SCORER = "scorer"
+# Pairs (place in the answer, threshold from there on), the first of place 0.
+Thresholds: TypeAlias = tuple[tuple[int, float], ...]
 
 
 class ScorerRule:
     """Accepts a mismatch from a score on: that of one scorer, or the mean of an ensemble's."""
 
-    def __init__(self, scorers: ScoringActor | Sequence[ScoringActor], threshold: float | None = None) -> None:
-        """`threshold` None takes the first scorer's own, by the place in the answer where it has several."""
+    def __init__(
+        self, scorers: ScoringActor | Sequence[ScoringActor], threshold: float | Thresholds | None = None
+    ) -> None:
+        """`threshold` may differ by the place in the answer; None takes the first scorer's own."""
         self.scorers = [scorers] if isinstance(scorers, ScoringActor) else list(scorers)
-        config = self.scorers[0].scoring_config
-        self.threshold = config.threshold if threshold is None else threshold
-        self._by_position = config.thresholds_by_position if threshold is None else ()
+        if threshold is None:
+            config = self.scorers[0].scoring_config
+            threshold = ((0, config.threshold), *config.thresholds_by_position)
+        self.thresholds = ((0, threshold),) if isinstance(threshold, int | float) else threshold
 
     @property
     def needs_draft_logits(self) -> bool:
@@ -40,27 +45,44 @@ class ScorerRule:
 
     def accepts(self, verification: Verification) -> Tensor:
         positions = verification.positions
-        thresholds = torch.full(positions.shape, self.threshold, device=positions.device)
-        for place, threshold in self._by_position:
+        thresholds = torch.zeros(positions.shape, device=positions.device)
+        for place, threshold in self.thresholds:
             thresholds = torch.where(positions >= place, threshold, thresholds)
         return self.scores(verification) >= thresholds
 
 
-def scorer_folders(text: str) -> tuple[list[str], float | None]:
-    """Of `scorer:FOLDER[+FOLDER][@THRESHOLD]` the folders, whose scores are averaged, and the threshold; else none.
+def scorer_folders(text: str) -> tuple[list[str], Thresholds | None]:
+    """Of `scorer:FOLDER[+FOLDER][@THRESHOLD[,PLACE:THRESHOLD]]` the folders, whose scores are averaged, and thresholds.
 
     Raises:
-        ConfigError: The threshold is no number.
+        ConfigError: What follows @ is no such thing.
     """
     name, found, rest = text.partition(":")
     if name != SCORER or not found:
         return [], None
-    folders, has_threshold, number = rest.partition("@")
+    folders, has_threshold, given = rest.partition("@")
+    if not has_threshold:
+        return folders.split("+"), None
     try:
-        threshold = float(number) if has_threshold else None
+        first, *others = given.split(",")
+        pairs = [one.split(":") for one in others]
+        thresholds = ((0, float(first)), *((int(place), float(threshold)) for place, threshold in pairs))
     except ValueError as error:
-        raise ConfigError(f"{text!r}: the threshold after @ must be a number") from error
-    return folders.split("+"), threshold
+        raise ConfigError(
+            f"{text!r}: after @ there must be a threshold, and others may follow as PLACE:THRESHOLD, such as 0.9,32:0.6"
+        ) from error
+    if list(thresholds) != sorted(dict(thresholds).items()):
+        raise ConfigError(f"{text!r}: the places after @ must be above 0 and in ascending order")
+    return folders.split("+"), thresholds
+
+
+def written(folders: Sequence[str], thresholds: Thresholds | None) -> str:
+    """The rule that `scorer_folders` reads as these."""
+    if thresholds is None:
+        return f"{SCORER}:{'+'.join(folders)}"
+    (_, first), *others = thresholds
+    numbers = ",".join([f"{first:g}", *(f"{place}:{threshold:g}" for place, threshold in others)])
+    return f"{SCORER}:{'+'.join(folders)}@{numbers}"
 
 
 def check_rule(text: str) -> None:
@@ -72,7 +94,7 @@ def check_rule(text: str) -> None:
         parse_rule(text)
 
 
-def load_rule(text: str, model: Any, threshold: float | None = None) -> AcceptanceRule | None:
+def load_rule(text: str, model: Any, threshold: float | Thresholds | None = None) -> AcceptanceRule | None:
     """The rule that `text` names, for this target; None is strict. `threshold` is for a scorer that names none."""
     folders, named = scorer_folders(text)
     if not folders:

@@ -73,6 +73,8 @@ class RolloutSettings:
         target_model_path: The target, a Hugging Face folder.
         draft_model_path: What drafts in closed-loop episodes: a speculator's folder or a causal language model's.
         score_threshold: A mismatch is accepted from this score on, in validation and in what is saved.
+        score_momentum: With how much of it a step counts in the running mean and deviation by which scores are
+            normalised; 0 leaves them as they are.
         closed_loop: Train on whole answers, which the scorer itself decodes, instead of on single windows.
         num_draft_tokens: Drafts of a round in closed-loop episodes; None is as many as the drafter can make.
         max_new_tokens: Where an answer is cut.
@@ -84,6 +86,7 @@ class RolloutSettings:
     target_model_path: str
     draft_model_path: str | None = None
     score_threshold: float = 0.5
+    score_momentum: float = 0.0
     closed_loop: bool = False
     num_draft_tokens: int | None = None
     max_new_tokens: int = 512
@@ -95,6 +98,7 @@ class RolloutSettings:
         if self.closed_loop and not self.draft_model_path:
             raise ConfigError("rollout.closed_loop=true needs rollout.draft_model_path, the folder of what drafts")
         _require_between(f"{ROLLOUT_SECTION}.score_threshold", self.score_threshold, 0, 1)
+        _require_between(f"{ROLLOUT_SECTION}.score_momentum", self.score_momentum, 0, 1)
         _require_at_least(f"{ROLLOUT_SECTION}.max_new_tokens", self.max_new_tokens, 1)
         if self.num_draft_tokens is not None:
             _require_at_least(f"{ROLLOUT_SECTION}.num_draft_tokens", self.num_draft_tokens, 1)

@@ -40,9 +40,15 @@ SCORER_FOLDER = "scorer"
 
 @dataclass
 class ScorerModelConfig(HFModelConfig):
-    """verl's model configuration of the target, and `scorer`: fields of `ScoringModelConfig`, or a scorer's `path`."""
+    """verl's model configuration of the target, and what is the scorer's.
+
+    Attributes:
+        scorer: Fields of `ScoringModelConfig`, or a scorer's `path`.
+        quantization: Of target and draft model, as of `LoadSettings`; empty for none.
+    """
 
     scorer: dict[str, Any] = field(default_factory=dict)
+    quantization: dict[str, Any] = field(default_factory=dict)
 
 
 class ScorerPolicy(nn.Module):
@@ -91,6 +97,7 @@ class SPDScorerEngine(FSDPEngineWithLMHead):
             dtype=str(dtype).removeprefix("torch."),
             trust_remote_code=config.trust_remote_code,
             attn_implementation=config.override_config.get("attn_implementation"),
+            quantization=dict(config.quantization) or None,
         )
         self.target = load_target(config.local_path, load, config.tokenizer)
         values = dict(config.scorer)
@@ -113,7 +120,7 @@ class SPDScorerEngine(FSDPEngineWithLMHead):
                 actor = AutoModelForSPDScoring.from_config(scoring_config, self.target.model)
         if actor.scoring_config.lora_rank and config.enable_gradient_checkpointing:
             actor.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.actor = actor.float() if dtype == torch.float32 else actor
+        self.actor = actor.float() if dtype == torch.float32 and not config.quantization else actor
         self.start_state = _copy(actor.trained_state())
         self.threshold = actor.scoring_config.threshold
         self.learns_threshold = False

@@ -99,7 +99,7 @@ class SPDRayTrainer(PPOTrainer):
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         # Before verl's own, which ends with the file that makes the checkpoint count.
         self.controllers.save(folder)
-        self.actor_rollout_wg.set_threshold(self.controllers.threshold)
+        self.agent_loop_manager.tell_decoding()
         super()._save_checkpoint()
 
     def _load_checkpoint(self) -> None:

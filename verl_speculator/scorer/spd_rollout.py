@@ -16,6 +16,7 @@ session of verl's: the advantage is that of the answer and counts for all of the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -61,6 +62,10 @@ class ScorerClient:
         return self._call(
             "play_answers", "prompt", prompts, "answer", temperature=temperature, threshold=threshold, seed=seed
         )
+
+    def set_decoding(self, config: ScoringModelConfig) -> None:
+        """What validation and the next checkpoint's scorer decide by."""
+        self._workers.set_decoding(self.controllers.threshold, config.score_mean, config.score_scale)
 
     def _call(self, method: str, name: str, rows: Sequence[Any], wanted: str, **values: Any) -> list[Any]:
         # verl cuts a batch into equal parts.
@@ -121,6 +126,8 @@ class SPDRollout:
         repeats = self._rollout.val_kwargs.n if is_validation else self._rollout.n
         # A stream of its own for each step: a run that is resumed draws what it would have drawn.
         seed = None if is_validation else (self._rollout.seed * 1_000_003 + step) % 2**62
+        if is_validation:
+            self.tell_decoding()
         roll_out = self._play if self._settings.closed_loop else self._sample_windows
         samples = roll_out([row for row in rows for _ in range(repeats)], repeats, seed)
         self.score(samples)
@@ -129,6 +136,18 @@ class SPDRollout:
             self._adjust(samples)
         self._metrics[part] = rollout_metrics(samples, self._client.controllers)
         self._put(samples, repeats, part, step)
+
+    def tell_decoding(self) -> None:
+        """Let the workers know by what they decide from now on, where nothing is drawn."""
+        self._scoring = self._normalised()
+        self._client.set_decoding(self._scoring)
+
+    def _normalised(self) -> ScoringModelConfig:
+        """The scorer's configuration with the statistics as they are now."""
+        if not self._settings.score_momentum:
+            return self._scoring
+        now = self._client.controllers
+        return replace(self._scoring, score_mean=now.score_mean, score_scale=now.score_scale)
 
     def take_metrics(self, part: str) -> dict[str, float]:
         """Those of the last batch of `part`, "train" or "val"."""
@@ -156,8 +175,8 @@ class SPDRollout:
     ) -> Sample:
         drafts, targets = torch.tensor(window.drafts), torch.tensor(window.target_ids)
         mismatches = drafts != targets[: len(drafts)]
-        temperature = self._scoring.temperature if generator is None else self._rollout.temperature
-        scores = (log_odds / temperature).sigmoid()
+        drawn = log_odds / self._rollout.temperature
+        scores = (self._scoring.normalise(log_odds) if generator is None else drawn).sigmoid()
         accepts, mask = decide(scores, mismatches, generator, self._client.controllers.threshold)
         kept, strict = kept_drafts(accepts), kept_drafts(~mismatches)
         context = window.input_ids[: window.draft_start_idx]
@@ -255,6 +274,11 @@ class SPDRollout:
             for actions in sample.sequences
             for score in actions.scores[actions.mask.bool()]
         ]
+        # Actions are drawn by these, and by nothing that is normalised: the policy is the head alone.
+        log_odds = torch.tensor(scores, dtype=torch.float64).logit(1e-12) * self._rollout.temperature
+        self._client.controllers.update_statistics(self._settings, log_odds.tolist())
+        if self._settings.score_momentum:
+            scores = self._normalised().normalise(log_odds).sigmoid().tolist()
         self._client.controllers.update_threshold(self._settings, scores)
 
     def _put(self, samples: list[Sample], repeats: int, part: str, step: int) -> None:
@@ -295,7 +319,10 @@ def start_completions(config: Any) -> Completions:
     dtype = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[config.actor.fsdp_config.model_dtype]
     on_cpu = settings.completion.num_gpus == 0
     load = LoadSettings(
-        dtype=dtype, device="cpu" if on_cpu else "auto", trust_remote_code=config.model.trust_remote_code
+        dtype=dtype,
+        device="cpu" if on_cpu else "auto",
+        trust_remote_code=config.model.trust_remote_code,
+        quantization=None if on_cpu else dict(config.model.quantization) or None,
     )
     # A fraction of a CPU, as Ray counts them: it must also start where every CPU has been given away.
     server = ray.remote(CompletionServer).options(num_cpus=0.01, num_gpus=settings.completion.num_gpus)

@@ -48,6 +48,7 @@ class SPDActorWorker(ActorRolloutRefWorker):
                 settings.target_model_path,
                 self.engine.target,
                 settings.num_draft_tokens or DEFAULT_DRAFTS,
+                dict(self.config.model.quantization) or None,
             )
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -95,9 +96,11 @@ class SPDActorWorker(ActorRolloutRefWorker):
         return TensorDict({"answer": NonTensorStack(*map(NonTensorData, answers))}, batch_size=len(data))
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
-    def set_threshold(self, threshold: float) -> None:
-        """The threshold that the next checkpoint's scorer has."""
+    def set_decoding(self, threshold: float, score_mean: float, score_scale: float) -> None:
+        """What validation and the next checkpoint's scorer decide by."""
         self.engine.threshold = threshold
+        actor = self.engine.actor
+        actor.scoring_config = replace(actor.scoring_config, score_mean=score_mean, score_scale=score_scale)
 
     def _standardise(self, features: list[torch.Tensor]) -> None:
         width = self.engine.actor.scoring_config.num_features

@@ -50,6 +50,7 @@ _REWARD_MANAGER = "spd"
 _OPEN_SECTIONS = (
     f"{_ACTOR}.model.scorer",
     f"{_ACTOR}.model.override_config",
+    f"{_ACTOR}.model.quantization",
     f"{_ACTOR}.actor.optim.override_optimizer_config",
     "reward.custom_reward_function.reward_kwargs",
     "ray_kwargs.ray_init",
@@ -285,6 +286,8 @@ def _check_values(config: DictConfig) -> None:
     for key in _UNUSED_MODEL_KEYS:
         if config.actor_rollout_ref.model[key]:
             raise ConfigError(f"model.{key} is not for a scorer, whose target is frozen: leave it out")
+    if config.actor_rollout_ref.model.quantization and config.trainer.device == "cpu":
+        raise ConfigError("model.quantization is for accelerators: on a CPU leave it out")
     if config.data.train_batch_size % actor.ppo_mini_batch_size:
         raise ConfigError(
             f"actor.ppo_mini_batch_size={actor.ppo_mini_batch_size} must divide "

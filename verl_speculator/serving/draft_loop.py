@@ -30,12 +30,27 @@ class DraftLoop:
         self.hidden = torch.zeros(max_batch, hidden_size, dtype=dtype, device=device)
         self.token = torch.zeros(max_batch, dtype=torch.long, device=device)
         self.drafts = torch.zeros(max_batch, num_tokens, dtype=torch.long, device=device)
+        self.logits: Tensor | None = None
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def draft_with(self, chain: ServedChain, choose: Callable[[int], Choose] | None = None) -> DraftLoop:
         """Say what drafts; `choose(batch)` gives what picks the tokens of so many rows, None takes the likeliest."""
         self.chain, self.choose = chain, choose
         return self
+
+    def keep_logits(self, vocab_size: int) -> None:
+        """Have greedy drafts leave what they were chosen from in `logits` [R, k, V]."""
+        self.logits = self.hidden.new_zeros(*self.drafts.shape, vocab_size)
+
+    def choose_and_keep(self, batch: int) -> Choose:
+        """A `choose` of `draft_with`, after `keep_logits`: the likeliest token of each row."""
+
+        def choose(logits: Tensor, head_index: int) -> Tensor:
+            assert self.logits is not None
+            self.logits[:batch, head_index] = logits
+            return logits.argmax(-1)
+
+        return choose
 
     @property
     def sizes(self) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,9 @@ from verl_speculator.serving.export_formats import EXPORT_FORMATS, ExportFormat,
 from verl_speculator.serving.hub import CardFacts, model_card
 
 HUB = "hf"
-NATIVE = "eagle3"
-FORMATS = (*EXPORT_FORMATS, HUB, NATIVE)
+# Algorithms whose authors have a form of their own.
+NATIVE = ("eagle3", "dflash")
+FORMATS = (*EXPORT_FORMATS, HUB, *NATIVE)
 
 
 def export_speculator(
@@ -28,8 +30,8 @@ def export_speculator(
     """Write the speculator in `source` to the new folder `destination`; returns that folder.
 
     `arctic` is for Arctic Inference, `ibm` for engines that read IBM's speculators, `hf` for the Hugging Face hub and
-    for vLLM with this package, `eagle3` is the form of EAGLE-3's own repository. What was written is read back and
-    compared with what the engine will look for.
+    for vLLM with this package, `eagle3` and `dflash` are the forms of these algorithms' own repositories. What was
+    written is read back and compared with what the engine will look for.
 
     Args:
         base_architecture: such as `LlamaForCausalLM`; Arctic Inference compares it with the base model. None takes it
@@ -48,8 +50,8 @@ def export_speculator(
     speculator = Speculator.from_pretrained(source)
     if export_format == HUB:
         return _export_for_hub(speculator, folder, card or CardFacts())
-    if export_format == NATIVE:
-        return _export_native(speculator, folder)
+    if export_format in NATIVE:
+        return _export_native(speculator, folder, export_format)
     target = EXPORT_FORMATS[export_format]
     converted = target.convert(with_full_vocabulary(speculator))
     values = target.config_for(converted.config)
@@ -96,11 +98,11 @@ def _base_architectures(speculator: Speculator, given: str | None) -> list[str]:
     )
 
 
-def _export_native(speculator: Speculator, folder: Path) -> Path:
-    native_form = getattr(speculator, "native_form", None)
-    if native_form is None:
-        raise ConfigError(f"--format {NATIVE} is for an EAGLE-3 speculator, not a {type(speculator).__name__}.")
-    values, tensors = native_form()
+def _export_native(speculator: Speculator, folder: Path, algorithm: str) -> Path:
+    if not isinstance(speculator, Speculator.get_class(algorithm)):
+        raise ConfigError(f"--format {algorithm} is for that algorithm, not for a {type(speculator).__name__}.")
+    native: Any = speculator
+    values, tensors = native.native_form()
     write_folder(folder, values, tensors, pytorch_bin=False)
     _, written, _ = read_weights(folder)
     if written.keys() != tensors.keys() or any(not torch.equal(written[name], tensors[name]) for name in tensors):

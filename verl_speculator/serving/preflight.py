@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from verl_speculator.base_model.files import read_base_sizes
-from verl_speculator.errors import ConfigError, MissingFileError
+from verl_speculator.errors import ConfigError, MissingFileError, naming
 from verl_speculator.serving.compatibility import check_version
 from verl_speculator.serving.options import Option, check_options
 from verl_speculator.serving.recognition import find_speculator, known_architectures, number_of_drafts
@@ -17,7 +17,9 @@ PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN = "verl_speculator"
 
 
-def check_before_serving(base: str, speculator: str, num_tokens: int | None, options: Sequence[Option]) -> None:
+def check_before_serving(
+    base: str, speculator: str, num_tokens: int | None, options: Sequence[Option], accept: str | None = None
+) -> None:
     """Raise a SpeculatorError for what would end in a failed start, or in a server without speculation."""
     _check_engine()
     check_options(options)
@@ -31,6 +33,11 @@ def check_before_serving(base: str, speculator: str, num_tokens: int | None, opt
     sizes = read_base_sizes(base, key="BASE")
     if sizes is not None:
         found.config.check_fits_base(sizes.hidden_size, sizes.vocab_size)
+    if accept is not None:
+        from verl_speculator.serving.lossy_rows import check_served_rule
+
+        with naming("--accept"):
+            check_served_rule(accept, found.config.input_hidden_dim)
 
 
 def _check_engine() -> None:

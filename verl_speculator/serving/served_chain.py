@@ -83,8 +83,7 @@ class ServedChain(nn.Module):
 
     def draft(self, hidden_states: Tensor, last_token: Tensor, num_tokens: int, choose: Choose | None = None) -> Tensor:
         """As `ChainSpeculator.draft`: [B, num_tokens] from [B, H] and [B]."""
-        (to_state,) = self._to_state
-        states = hidden_states if to_state is None else to_state(hidden_states)
+        states = self.read_state(hidden_states)
 
         def next_token(output: Tensor, head_index: int) -> Tensor:
             if choose is not None:
@@ -95,6 +94,11 @@ class ServedChain(nn.Module):
             return self.speculator.to_target_ids(self.shard.likeliest(logits))
 
         return self.speculator.draft_by(next_token, states, last_token, num_tokens)
+
+    def read_state(self, hidden_states: Tensor) -> Tensor:
+        """What the base's `lm_head` reads, from what its forward returns."""
+        (to_state,) = self._to_state
+        return hidden_states if to_state is None else to_state(hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Replace weights in place, under the file format's names: `Speculator.load_weights`, on every rank alike.

@@ -4,6 +4,8 @@
 speculator of this package is given a method that vLLM knows; anything else passes through. On Model Runner V2 that is
 `ngram_gpu`, the one that needs no model, no cache and no aux states of vLLM's, and with which it schedules
 asynchronously: what drafts is then made by `v2/hook.py`. On the first runner it is `custom_class` with our proposer.
+
+Beside the speculator two more keys are taken, `accept` and `lossy`: an acceptance rule, and that it is meant.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ import copy
 from collections.abc import Callable
 from typing import Any, get_args
 
-from verl_speculator.errors import ConfigError
+from verl_speculator.errors import ConfigError, naming
+from verl_speculator.serving import lossy_requests
 from verl_speculator.serving.compatibility import V2_FROM, check_version, moved, parse, wrap
 
 # Where the configuration carries the speculator to the workers.
@@ -39,6 +42,17 @@ def install() -> None:
     from vllm.config.speculative import SpeculativeConfig
 
     wrap(SpeculativeConfig, "__post_init__", _recognise_first)
+    wrap(SpeculativeConfig, "__init__", _take_rule)
+    lossy_requests.install()
+
+
+def _take_rule(original: Callable[..., None]) -> Callable[..., None]:
+    def init(self: Any, *args: Any, accept: str | None = None, lossy: bool = False, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if accept is not None or lossy:
+            use_rule(self, accept, lossy)
+
+    return init
 
 
 def _recognise_first(original: Callable[..., None]) -> Callable[..., None]:
@@ -83,15 +97,50 @@ def use_speculator(config: Any) -> None:
     config.model, config.method = V2_METHOD if method == V2_METHOD else PROPOSER, method
 
 
+def use_rule(config: Any, accept: str | None, lossy: bool) -> None:
+    """Have drafts verified with the acceptance rule `accept`, which is lossy.
+
+    Raises:
+        SpeculatorError: There is no such rule, it cannot be served, or nobody has said that lossy is meant.
+    """
+    if getattr(config, ATTRIBUTE, None) is None:
+        raise ConfigError(
+            "accept and lossy need a speculator of verl_speculator as the model of the speculative config."
+        )
+    if accept is None:
+        raise ConfigError('lossy needs accept beside it, an acceptance rule such as "scorer:FOLDER".')
+    if lossy is not True:
+        raise ConfigError(f'accept={accept!r} changes what the base model says: set "lossy": true beside it.')
+    target, parallel = config.target_model_config, config.target_parallel_config
+    from verl_speculator.serving.lossy_rows import check_served_rule
+
+    with naming("accept"):
+        check_served_rule(accept, target.get_hidden_size())
+    if config.rejection_sample_method != "standard":
+        raise ConfigError(f"rejection_sample_method={config.rejection_sample_method!r} must be left out with accept.")
+    if getattr(target, "logits_processors", None):
+        raise ConfigError(
+            "logits_processors change logits after the acceptance rule has decided: leave them or accept out."
+        )
+    if getattr(parallel, "enable_batch_sharded_sampling", None):
+        raise ConfigError("enable_batch_sharded_sampling must be left out with accept: the rule needs whole batches.")
+    if hasattr(parallel, "enable_batch_sharded_sampling"):
+        parallel.enable_batch_sharded_sampling = False  # else vLLM may choose it
+    setattr(config, lossy_requests.RULE, None if accept == "strict" else accept)
+
+
 def finish(config: Any) -> None:
     """What vLLM has set for a method that is not quite ours."""
     target = config.target_model_config
     if config.method == V2_METHOD:
         # Without these, vLLM's own speculator of this name fails should it ever be made in place of ours.
         config.prompt_lookup_min = config.prompt_lookup_max = None
-        if target.enable_sleep_mode and "draft.*" not in target.sleep_preserve_parameter_names:
+        if target.enable_sleep_mode:
             # Else sleep at level 2 would discard the speculator, and nobody would bring it back.
-            target.sleep_preserve_parameter_names = [*target.sleep_preserve_parameter_names, "draft.*"]
+            kept = getattr(target, "sleep_preserve_parameter_names", None)
+            if kept is None:
+                raise moved("its ModelConfig has no sleep_preserve_parameter_names any more")
+            target.sleep_preserve_parameter_names = list(dict.fromkeys([*kept, "draft.*"]))
     else:
         # A drafter that reads positions must stop before its longest text, and vLLM then stops it for all requests of a
         # step at once. Ours reads none.

@@ -17,6 +17,7 @@ from verl_speculator.algorithms.dflash.model import _picked
 from verl_speculator.errors import CheckpointError, ConfigError
 from verl_speculator.losses import Objective
 from verl_speculator.models import Speculator
+from verl_speculator.serving.export import export_speculator
 
 SIZE = 4
 
@@ -113,6 +114,8 @@ def test_the_form_in_files(tmp_path):
     assert (written["block_size"], written["mask_token_id"], written["sample_from_anchor"]) == (SIZE, 5, False)
     assert written["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == SIZE - 1
     assert written["transformer_layer_config"]["model_type"] == "qwen3"
+    # The base's, which its own configuration does not say; transformers would take 128 then, and vLLM this.
+    assert written["transformer_layer_config"]["head_dim"] == H // 4
     names = load_file(tmp_path / "model.safetensors").keys()
     assert {"fc.weight", "hidden_norm.weight", "norm.weight", "lm_head.weight", "embed_tokens.weight", "d2t"} < names
     assert "layers.1.self_attn.k_norm.weight" in names
@@ -125,6 +128,25 @@ def test_the_form_in_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(written | {"sample_from_anchor": True}))
     with pytest.raises(CheckpointError, match="sample_from_anchor must be false"):
         Speculator.from_pretrained(tmp_path)
+
+
+def test_its_native_form(tmp_path):
+    model = make_model(target_layer_ids=[0, 3]).float()
+    model.save_pretrained(tmp_path / "own")
+    out = export_speculator(tmp_path / "own", tmp_path / "out", "dflash")
+    config, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    assert config["architectures"] == ["DFlashDraftModel"]
+    assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == ("qwen3", H, 2)
+    assert config["block_size"] == SIZE
+    assert config["dflash_config"] == {"mask_token_id": 5, "target_layer_ids": [-1, 2]}
+    assert tensors.keys() == model.state_dict().keys() - {"embed_tokens.weight", "lm_head.weight"}
+    assert torch.equal(tensors["fc.weight"], model.fc.weight)
+
+    make_model(draft_vocab=True).float().save_pretrained(tmp_path / "reduced")
+    with pytest.raises(ConfigError, match="DFlash's own form has no draft vocabulary"):
+        export_speculator(tmp_path / "reduced", tmp_path / "no", "dflash")
+    with pytest.raises(ConfigError, match="--format eagle3 is for that algorithm, not for a DFlashSpeculator"):
+        export_speculator(tmp_path / "own", tmp_path / "no", "eagle3")
 
 
 @pytest.mark.parametrize(

@@ -333,5 +333,5 @@ def test_what_has_no_native_form(tmp_path):
     with pytest.raises(ConfigError, match="has the layers of a llama, and these are a qwen3's"):
         export_speculator(tmp_path / "own", tmp_path / "out", "eagle3")
     MLPSpeculator(MLPSpeculatorConfig(input_hidden_dim=8, vocab_size=9)).save_pretrained(tmp_path / "mlp")
-    with pytest.raises(ConfigError, match="--format eagle3 is for an EAGLE-3 speculator, not a MLPSpeculator"):
+    with pytest.raises(ConfigError, match="--format eagle3 is for that algorithm, not for a MLPSpeculator"):
         export_speculator(tmp_path / "mlp", tmp_path / "out", "eagle3")

@@ -102,6 +102,34 @@ def test_chosen_attention_and_type(base_model, tokenizer, name) -> None:
     assert not target.model.training
 
 
+QUANTIZATION = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def test_quantization_is_handed_on_as_it_is(base_model, tokenizer, monkeypatch) -> None:
+    """As far as a machine without accelerator goes: what transformers is asked for."""
+    asked = {}
+
+    def from_pretrained(name, **settings):
+        asked.update(settings)
+        raise ValueError("asked")
+
+    monkeypatch.setattr(loading, "pick_device", lambda name: torch.device("cuda:1"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    for given in (QUANTIZATION, json.dumps(QUANTIZATION)):
+        with pytest.raises(ConfigError, match="asked"):
+            load_target(str(base_model), LoadSettings(quantization=given), tokenizer)
+        assert asked.pop("quantization_config") == QUANTIZATION
+        assert asked.pop("device_map") == {"": torch.device("cuda:1")}
+
+
+def test_quantization_needs_an_accelerator(base_model, tokenizer) -> None:
+    with pytest.raises(ConfigError, match="--quantization is for accelerators: on a CPU leave it out"):
+        load_target(str(base_model), LoadSettings(quantization=QUANTIZATION, device="cpu"), tokenizer)
+    for given in ("4bit", "[1]", '{"load_in_4bit": true}'):
+        with pytest.raises(ConfigError, match="quantization must be for transformers"):
+            LoadSettings(quantization=given)
+
+
 def test_attention_that_there_is_not(base_model, tokenizer) -> None:
     with pytest.raises(ConfigError, match=r"^--base: cannot load '.*' \(.*nonsense"):
         load_target(str(base_model), LoadSettings(attn_implementation="nonsense"), tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -172,9 +173,29 @@ def test_vllm_gets_the_key_where_nobody_can_read_it(
     assert "new" not in " ".join(started[0])
 
 
+def test_a_rule_is_served_loudly(engine, base, make_speculator, monkeypatch, capsys, tmp_path) -> None:
+    _, folder = make_speculator("mlp")
+    scorer = tmp_path / "scorer"
+    scorer.mkdir()
+    (scorer / "config.json").write_text(json.dumps({"model_type": "spd_scorer", "hidden_size": HIDDEN}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    started = []
+    monkeypatch.setattr(serve.os, "execv", lambda program, arguments: started.append(arguments))
+    assert cli.main(["serve", base, "--speculator", str(folder), "--accept", "scorer:scorer@0.7"]) == 0
+    (command,) = started
+    speculative = json.loads(command[command.index("--speculative-config") + 1])
+    assert speculative == {"model": str(folder), "accept": f"scorer:{scorer}@0.7", "lossy": True}
+    assert f"LOSSY: scorer:{scorer}@0.7 keeps drafts that the base model would not" in capsys.readouterr().out
+    assert os.path.isdir(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR")
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
+        (["--accept", "scorer:absent"], "--accept: "),
+        (["--accept", "top-q:3"], "--accept: 'top-q:3' is no acceptance rule"),
         (["--speculator", "absent"], "--speculator: 'absent' is not a speculator"),
         (["--num-speculative-tokens", "9"], "num_speculative_tokens must be from 1"),
         (["--speculative-config", "{}"], "--speculative-config is set by --speculator: leave it out"),

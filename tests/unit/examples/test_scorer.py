@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import replace
 
@@ -28,22 +29,62 @@ def test_answers_are_those_of_the_sum():
         assert value % 10 == problem.answer
 
 
+def results(problem, words):
+    """Of each step that is not skipped: number before, operation, number, result."""
+    for place in (place for place, word in enumerate(words) if word in LABELS and words[place - 1] != "skip"):
+        before, op, number, _, result = words[place + 1 : place + 6]
+        assert (op, int(number)) in problem.steps
+        yield int(before), op, int(number), int(result)
+
+
 @pytest.mark.parametrize("speaker", ["target", "draft"])
-def test_whoever_skips_nothing_is_right(speaker):
+def test_a_solution_goes_wrong_by_slips_and_skips_alone(speaker):
     tongue, generator = Tongue(speaker), random.Random(0)
-    styles, skipped = set(), 0
-    for problem in problems(400, seed=5):
+    wrong, sums, skipped = Counter(), Counter(), 0
+    for problem in problems(800, seed=5):
         words = tongue.solve(problem, generator)
         assert set(words) <= WORDS
         assert words[-4:-2] == ["answer", "is"]
         assert words[-1] == END
-        styles.add(words[1])
-        if "skip" in words:
-            skipped += 1
-        else:
-            assert int(words[-2]) == problem.answer
-    assert styles == set(STYLES)
+        skipped += "skip" in words
+        value, steps = problem.start, list(results(problem, words))
+        for before, op, number, result in steps:
+            assert before == value
+            right = (before + number if op == "plus" else before - number) % 10
+            assert result == right or result in tongue.wrong_results[before, op, number]
+            sums[words[1]] += 1
+            wrong[words[1]] += result != right
+            value = result
+        assert int(words[-2]) == value
     assert skipped
+    shares = {style: wrong[style] / sums[style] for style in STYLES}
+    assert (
+        max(shares.values()) - min(shares.values()) < 0.05
+        if speaker == "target"
+        else (shares["loosely"] < shares["stepwise"] - 0.05 < shares["formally"] - 0.3)
+    )
+
+
+def test_a_speaker_that_is_sure_says_what_it_says_most_often():
+    tongue, generator = Tongue("target"), random.Random(1)
+    said = Counter()
+    for problem in problems(6000, seed=6):
+        said.update(results(problem, tongue.solve(problem, generator)))
+    problem = next(problems(1, seed=7, least_steps=5))
+    sure = tongue.solve(problem, generator, sure=True)
+
+    assert sure[1] == "stepwise"
+    assert "skip" not in sure
+    assert len(list(results(problem, sure))) == 5
+    # Close races apart: there the count of a sample says little.
+    for *sum_, result in ((*sum_, tongue.believes("stepwise", *sum_)) for sum_ in tongue.wrong_results):
+        counts = sorted((said[(*sum_, other)] for other in range(10)), reverse=True)
+        if counts[0] > 1.5 * counts[1]:
+            assert said[(*sum_, result)] == counts[0]
+    misbelieved = [
+        sum_ for sum_ in tongue.wrong_results if tongue.believes("stepwise", *sum_) in tongue.wrong_results[sum_]
+    ]
+    assert 0 < len(misbelieved) < 20
 
 
 def test_every_word_is_a_token():
@@ -67,7 +108,8 @@ def in_process(command, log_file, progress, describe):
 def test_the_experiment_runs_to_its_summary(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "run_command", in_process)
     # GRPO has its own tests, under Ray.
-    small = replace(BUDGETS["small"], grpo=replace(BUDGETS["small"].grpo, window_steps=0, answer_steps=0))
+    no_steps = replace(BUDGETS["small"].windows, steps=0)
+    small = replace(BUDGETS["small"], windows=no_steps, answers=no_steps)
     hard = replace(small, gates=replace(small.gates, least_accuracy=0.99, most_accuracy=1.0))
     monkeypatch.setitem(run.BUDGETS, "small", hard)
     with pytest.raises(SystemExit, match="would prove nothing"):
@@ -90,4 +132,4 @@ def test_the_experiment_runs_to_its_summary(tmp_path, monkeypatch, capsys):
     assert "ok    area under the curve" in printed
     assert "All rules but strict are lossy" in printed
     assert run.main(["--output", str(tmp_path), "--budget", "small", "--seed", "3"]) == 0
-    assert capsys.readouterr().out.count("done before") == 6
+    assert capsys.readouterr().out.count("done before") == 9

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from verl_speculator.errors import ConfigError
+from verl_speculator.losses import soft_targets
 from verl_speculator.losses.soft_targets import HeadRows, Objective, TargetHead, soft_target_loss
 
 VOCAB, HIDDEN, WIDTH, POSITIONS = 13, 6, 5, 11
@@ -65,9 +66,10 @@ def expected(heads, target_states, target_head: TargetHead, objective: Objective
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("chunk_size", [1, 4, None])
+@pytest.mark.parametrize(("chunk_size", "block_elements"), [(1, 2**18), (4, 2**18), (None, 2**18), (None, 30)])
 @pytest.mark.parametrize("weights", OBJECTIVES, ids=lambda weights: "+".join(weights))
-def test_losses_and_gradients_are_those_of_the_formulas(weights, chunk_size, tied):
+def test_losses_and_gradients_are_those_of_the_formulas(weights, chunk_size, block_elements, tied, monkeypatch):
+    monkeypatch.setattr(soft_targets, "_BLOCK_ELEMENTS", block_elements)
     heads, target_states, target_weight = world(tied=tied)
     objective = Objective(weights, temperature=0.7)
     target_head = TargetHead(target_weight)

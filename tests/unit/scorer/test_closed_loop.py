@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -11,8 +12,10 @@ from tests.unit.scorer.conftest import NEW, NUM_DRAFTS
 from verl_speculator.decoding import parse_rule
 from verl_speculator.errors import ConfigError, MissingFileError
 from verl_speculator.reports.scorer import format_rules, render_page
+from verl_speculator.scorer import comparison
 from verl_speculator.scorer.closed_loop import (
     Answered,
+    Choice,
     SpeculativeDecodingRollout,
     answer_questions,
     choose_setting,
@@ -23,6 +26,7 @@ from verl_speculator.scorer.closed_loop import (
 from verl_speculator.scorer.comparison import ComparisonSettings, RuleSpec, compare_rules
 from verl_speculator.scorer.config import ScoringModelConfig
 from verl_speculator.scorer.model import AutoModelForSPDScoring
+from verl_speculator.scorer.rule import ScorerRule
 
 
 def answered(correct, calls, tokens=10):
@@ -56,8 +60,8 @@ def test_the_chosen_setting_saves_most_within_the_bound():
     choice = choose_setting("a rule", list(of), of.__getitem__, strict, accuracy_bound=0.01)
 
     assert choice.setting == 0.5
-    # After two that break the bound bolder ones are left alone.
-    assert [one.setting for one in choice.tried] == [0.9, 0.7, 0.5, 0.3, 0.2]
+    # Halving: the careful ones need not be tried, nor what is bolder than one that breaks the bound.
+    assert [one.setting for one in choice.tried] == [0.7, 0.5, 0.3]
     nothing = choose_setting("a rule", [0.3, 0.2], of.__getitem__, strict, accuracy_bound=0.01)
     assert nothing.setting is None
     with pytest.raises(ConfigError, match="accuracy_bound=2"):
@@ -130,6 +134,32 @@ def test_a_comparison_from_rules_to_a_page(target, drafter, questions, check, tm
     )
     assert "strict (lossless)" in format_rules(values)
     assert "<svg" in page
+
+
+def test_thresholds_are_chosen_by_the_place_in_the_answer():
+    """Places 0, 3, 5 and 9 save the more the lower their threshold; what they harm differs."""
+    harm = {0: {0.5: 50, 0.3: 90}, 3: {0.5: 2, 0.3: 60}, 5: {0.3: 60}, 9: {}}
+
+    def decode(make, doing):
+        thresholds, wrong, calls = make([]).thresholds, 0, 0
+        for place, harmed in harm.items():
+            (threshold,) = [value for start, value in thresholds if start <= place][-1:]
+            wrong += harmed.get(threshold, 0)
+            calls += round(10 * threshold)
+        return answered([True] * (1000 - wrong) + [False] * wrong, calls=calls, tokens=100)
+
+    strict = answered([True] * 1000, calls=100, tokens=100)
+    rule, spec = ScorerRule([object()], 0.5), RuleSpec("head", "scorer:head")
+    settings = ComparisonSettings(3, 8, 4, accuracy_bound=0.01, threshold_places=(3, 4, 9))
+    found = comparison._by_position(spec, rule, (0.9, 0.7, 0.5, 0.3), Choice(0.7, []), strict, decode, settings)
+
+    # From 4 on nothing is gained: 0.5 is there already, and 0.3 breaks the bound at 5.
+    assert found.by_position == ((0, 0.7), (3, 0.5), (9, 0.3))
+    assert found.setting == 0.7
+    settings = dataclasses.replace(settings, threshold_places=(4,))
+    harm[3] = harm[5] = harm[9] = harm[0]
+    alone = comparison._by_position(spec, rule, (0.9, 0.7, 0.5, 0.3), Choice(0.7, []), strict, decode, settings)
+    assert alone.by_position == ()
 
 
 def test_rules_that_are_no_rules(tmp_path):

@@ -240,6 +240,9 @@ def test_an_ensemble_averages(target, draft_model, questions):
     logit = actors[0].score_tokens(verification).logit()
     undecided = verification.mismatches
     torch.testing.assert_close(softened.score_tokens(verification).logit()[undecided], logit[undecided] / 2)
+    softened.scoring_config = dataclasses.replace(warmer, score_mean=0.5, score_scale=3.0)
+    normalised = (logit[undecided] - 0.5) / (3.0 * 2.0)
+    torch.testing.assert_close(softened.score_tokens(verification).logit()[undecided], normalised)
 
 
 def test_thresholds_may_depend_on_the_place(target, draft_model, questions):

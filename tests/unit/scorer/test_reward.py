@@ -103,6 +103,26 @@ def test_a_fixed_threshold_stays():
     assert controllers.threshold == 0.7
 
 
+def test_running_statistics_are_those_of_a_weighted_sample():
+    """Each step counts as a share of all so far; against the mean and variance of the same sample, weighted."""
+    rollout = RolloutSettings("target", score_momentum=0.25)
+    controllers = Controllers.start(RewardSettings(), rollout)
+    assert (controllers.score_mean, controllers.score_scale) == (0.0, 1.0)
+    steps = [[2.0, 4.0, -1.0], [], [5.0], [0.5, 1.5]]
+    for step in steps:
+        controllers.update_statistics(rollout, step)
+
+    weights = [0.75 * 0.75 / 3] * 3 + [0.75 * 0.25] + [0.25 / 2] * 2
+    values = [value for step in steps for value in step]
+    mean = sum(w * v for w, v in zip(weights, values, strict=True))
+    assert controllers.score_mean == pytest.approx(mean)
+    variance = sum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True))
+    assert controllers.score_scale == pytest.approx(variance**0.5)
+    off = Controllers.start(RewardSettings(), RolloutSettings("target"))
+    off.update_statistics(RolloutSettings("target"), [3.0, 4.0])
+    assert (off.score_mean, off.score_scale) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize("logit", [-3.0, -0.4, 0.0, 0.7, 2.5])
 def test_a_learned_threshold_decides_as_the_bias_did(logit):
     import math
@@ -115,11 +135,12 @@ def test_a_learned_threshold_decides_as_the_bias_did(logit):
 
 
 def test_controllers_come_back_from_a_checkpoint(tmp_path):
-    Controllers(0.25, 0.625).save(tmp_path / "global_step_3")
+    saved = Controllers(0.25, 0.625, score_mean=-1.5, score_variance=4.0, has_statistics=True)
+    saved.save(tmp_path / "global_step_3")
     loaded = Controllers(0.0, 0.5)
     loaded.load(tmp_path / "global_step_3")
 
-    assert loaded == Controllers(0.25, 0.625)
+    assert loaded == saved
     with pytest.raises(CheckpointError, match=r"global_step_4.*missing or damaged"):
         loaded.load(tmp_path / "global_step_4")
 

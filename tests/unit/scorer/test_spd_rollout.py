@@ -52,6 +52,9 @@ class Client:
             for one in windows
         ]
 
+    def set_decoding(self, config):
+        self.told = (self.controllers.threshold, config.score_mean, config.score_scale)
+
     def play_answers(self, prompts, temperature, threshold, seed):
         return self.answers
 
@@ -286,6 +289,25 @@ def test_a_client_fills_up_what_verl_cuts_into_equal_parts():
 
     assert ScorerClient(workers, Controllers(0, 0.5)).score_windows([1, 2, 3, 4, 5]) == [2, 4, 6, 8, 10]
     assert seen == [8]
+
+
+def test_validation_decides_by_normalised_scores_and_training_draws_by_plain_ones(tmp_path):
+    settings = config()
+    settings.actor_rollout_ref.rollout.custom.score_momentum = 0.5
+    rows = rows_of([make_window(**WINDOW)], tmp_path)
+    client = Client([9.0, 3.0, 9.0, 5.0])  # the second and the last draft are mismatches
+    rollout = SPDRollout(settings, client, [], Completions)
+    client.controllers.score_mean, client.controllers.score_variance = 4.0, 0.25
+    client.controllers.has_statistics = True
+
+    (drawn,) = rollout._sample_windows(rows, 1, seed=3)
+    rollout.tell_decoding()
+    (judged,) = rollout._sample_windows(rows, 1, None)
+
+    assert client.told == (0.5, 4.0, 0.5)
+    torch.testing.assert_close(judged.sequences[0].scores[[1, 3]], torch.tensor([-2.0, 2.0]).sigmoid())
+    torch.testing.assert_close(drawn.sequences[0].scores[[1, 3]], torch.tensor([3.0, 5.0]).sigmoid())
+    assert not judged.sequences[0].accepts[1], "below the mean, above the threshold without normalising"
 
 
 class Queue:

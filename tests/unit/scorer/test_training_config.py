@@ -98,6 +98,8 @@ def test_unknown_keys_are_refused_with_the_nearest(settings, override, message):
         ("reward.custom_reward_function.path=/nowhere.py", "there is no file"),
         ("actor.fsdp_config.param_offload=true", "must be false"),
         ("model.use_liger=true", "is not for a scorer"),
+        ("rollout.score_momentum=2", "must be between 0 and 1"),
+        ("model.quantization={quant_method: bitsandbytes, load_in_4bit: true}", "is for accelerators"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_loaded(settings, override, message):

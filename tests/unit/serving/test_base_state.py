@@ -71,6 +71,13 @@ def test_inside_a_larger_model() -> None:
     assert state_of(base) is base.language_model.model["norm"]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_quantised_lm_head_is_not_multiplied_with(dtype) -> None:
+    base = Base()
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().to(dtype), requires_grad=False)
+    assert find_state(base, HIDDEN, torch.bfloat16, torch.device("cpu")) is None
+
+
 def test_scaled_logits_are_no_other_state() -> None:
     assert state_of(Base(scale=0.25)) is None
 

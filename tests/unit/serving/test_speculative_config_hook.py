@@ -13,6 +13,7 @@ import pytest
 from tests.support.tiny import VOCAB_SIZE
 from verl_speculator.models import MLPSpeculator, MLPSpeculatorConfig
 from verl_speculator.serving import speculative_config_hook as hook
+from verl_speculator.serving.compatibility import UnsupportedEngineError
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -74,6 +75,9 @@ def test_sleep_keeps_the_speculator_on_v2_and_warns_on_v1(monkeypatch) -> None:
     for _ in range(2):
         hook.finish(config)
         assert target.sleep_preserve_parameter_names == ["lm_head.*", "draft.*"]
+    del target.sleep_preserve_parameter_names
+    with pytest.raises(UnsupportedEngineError, match="ModelConfig has no sleep_preserve_parameter_names any more"):
+        hook.finish(config)
     warned: list[str] = []
     monkeypatch.setattr("vllm.logger.init_logger", lambda name: SimpleNamespace(warning_once=warned.append))
     config.method = hook.V1_METHOD

@@ -25,6 +25,7 @@ from verl_speculator.algorithms.transformer import (
     paired_metrics,
     sequence_offsets,
 )
+from verl_speculator.errors import ConfigError
 from verl_speculator.losses.alignment import trained_positions
 from verl_speculator.losses.soft_targets import HeadRows, Objective, SoftTargetsOutput, TargetHead, soft_target_loss
 from verl_speculator.models.base_components import ModelComponents, model_classes, override_components
@@ -284,6 +285,29 @@ class DFlashSpeculator(TransformerSpeculator):
         from verl_speculator.algorithms.dflash.drafter import DFlashDrafter
 
         return DFlashDrafter(self, sampling)
+
+    def native_form(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """`config.json` and tensors as DFlash's own checkpoints have them: one flat Qwen3 configuration.
+
+        Raises:
+            ConfigError: There is no such form of it.
+        """
+        if self.d2t is not None:
+            raise ConfigError("DFlash's own form has no draft vocabulary, and this speculator has one.")
+        values = {
+            **self.config.transformer_layer_config,
+            "architectures": ["DFlashDraftModel"],
+            "block_size": self.config.block_size,
+            "dflash_config": {
+                "mask_token_id": self.config.mask_token_id,
+                # They count the layers themselves from 0, and we what there is after so many of them.
+                "target_layer_ids": [i - 1 for i in self.target_layer_ids],
+            },
+            "torch_dtype": self.config.torch_dtype,
+        }
+        # Embeddings and vocabulary matrix are left to the base.
+        shared = ("embed_tokens.", "lm_head.")
+        return values, {name: t for name, t in self.export_state_dict().items() if not name.startswith(shared)}
 
     # Details of training
 

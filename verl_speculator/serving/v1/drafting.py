@@ -14,13 +14,14 @@ class StepInputs:
 
     `hidden_states` [R, H] are those that were sampled from: one row for each request, or 1 + its number of drafts.
     `rows_end` [B] is the running total of rows, None when every request has one. `num_tokens` are to be drafted, and
-    this step verified drafts of `num_drafts` requests.
+    this step verified drafts of `num_drafts` requests. `requests` are the names of all, in the order of rows.
     """
 
     hidden_states: Tensor
     rows_end: Tensor | None
     num_tokens: int
     num_drafts: int
+    requests: list[str]
 
 
 def last_accepted(sampled: Tensor, rows_end: Tensor | None, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:

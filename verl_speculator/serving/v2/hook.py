@@ -45,19 +45,18 @@ def _ours_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
         if getattr(vllm_config.speculative_config, ATTRIBUTE, None) is None:
             return original(vllm_config, device, *args, **kwargs)
-        check_interface()
-        from verl_speculator.serving.v2.speculator import ChainDrafter
-
-        return ChainDrafter(vllm_config, device)
+        return check_interface()(vllm_config, device)
 
     return init_speculator
 
 
-def check_interface() -> None:
-    """Raise `UnsupportedEngineError` for the first thing that is not as `ChainDrafter` needs it."""
+def check_interface() -> type[Any]:
+    """`ChainDrafter`; raises `UnsupportedEngineError` for the first thing that is not as it needs it."""
     try:
         from vllm.v1.worker.gpu.input_batch import InputBatch
         from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+        from verl_speculator.serving.v2.speculator import ChainDrafter
     except ImportError as error:
         raise moved(f"Model Runner V2 is not where it was ({error})") from error
     for name in METHODS:
@@ -67,3 +66,4 @@ def check_interface() -> None:
         if name not in InputBatch.__dataclass_fields__:
             raise moved(f"{InputBatch.__name__} has no {name} any more")
     require_parameters(DraftModelSpeculator.propose, PROPOSE_PARAMETERS)
+    return ChainDrafter

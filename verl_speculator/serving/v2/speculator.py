@@ -6,7 +6,7 @@ What it reads of a step are tensors on the device, so it never waits for one.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,11 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from verl_speculator.serving.acceptance_guard import AcceptanceGuard
 from verl_speculator.serving.draft_loop import DraftLoop
-from verl_speculator.serving.served_chain import Choose, load_served_chain
+from verl_speculator.serving.lossy_requests import RULE
+from verl_speculator.serving.served_chain import Choose, ServedChain, load_served_chain
+
+if TYPE_CHECKING:
+    from verl_speculator.serving.v2.lossy import LossyStep
 
 logger = init_logger("vllm.verl_speculator")
 
@@ -38,11 +42,40 @@ class ChainDrafter(DraftModelSpeculator):
         self.steps = torch.arange(self.num_speculative_steps, device=device)
         self.guard = AcceptanceGuard(device)
         self.guard.is_done = get_tensor_model_parallel_rank() > 0  # one rank says it
+        self.lossy: LossyStep | None = None
+        # Of a request's slot, where `loop.logits` has what its drafts were chosen from; -1 where that is gone.
+        self.drafted_rows = torch.full((self.max_num_reqs,), -1, device=device)
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         chain = load_served_chain(self.vllm_config, target_model, self.device)
         self.loop.draft_with(chain, None if self.draft_logits is None else self._sample)
+        text = getattr(self.speculative_config, RULE, None)
+        if text is not None:
+            self._load_rule(text, chain, target_model)
         return chain
+
+    def _load_rule(self, text: str, chain: ServedChain, target_model: nn.Module) -> None:
+        from verl_speculator.serving.lossy_rows import load_served_rule
+        from verl_speculator.serving.v2 import lossy
+
+        lossy.install()
+        rule = load_served_rule(text, target_model, self.num_speculative_steps, chain.read_state, self.device)
+        self.lossy = lossy.LossyStep(rule, self.max_num_reqs, self.device)
+        if rule.needs_draft_logits and self.draft_logits is None:
+            self.loop.keep_logits(self.vocab_size)
+            self.loop.draft_with(chain, self.loop.choose_and_keep)
+
+    def relax(self, logits: Tensor, input_batch: Any, states: Any, invalid: Tensor | None) -> None:
+        """Have the rule decide, before the `logits` [R, V] of a step's rows are verified with."""
+        assert self.lossy is not None
+        rows, slots = self.lossy.rows(input_batch, states, invalid), input_batch.idx_mapping[: input_batch.num_reqs]
+        if self.lossy.rule.needs_draft_logits:
+            if self.draft_logits is not None:
+                rows = rows.with_draft_logits(self.draft_logits, slots)
+            else:
+                assert self.loop.logits is not None
+                rows = rows.with_draft_logits(self.loop.logits, self.drafted_rows[slots])
+        self.lossy.rule.apply(rows, logits)
 
     def set_attn(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: there is no attention in it."""
@@ -93,6 +126,10 @@ class ChainDrafter(DraftModelSpeculator):
         if not dummy_run:
             drafted = input_batch.num_draft_tokens_per_req
             self.guard.count((num_sampled - 1).clamp(min=0), 0 if drafted is None else int((drafted > 0).sum()))
+        if self.loop.logits is not None:
+            self.drafted_rows.fill_(-1)
+            slots = input_batch.idx_mapping[: batch if wanted else 0]
+            self.drafted_rows[slots] = torch.arange(len(slots), device=slots.device)
         if wanted:
             # A request's last token that was kept is followed by those that were rejected.
             row = input_batch.query_start_loc[1 : batch + 1] - num_rejected - 1

@@ -51,6 +51,7 @@ def test_our_speculator_stands_where_vllms_would(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("what", "sentence"),
     [
+        ("module", r"Model Runner V2 is not where it was \(.*build_dynamic_sd_schedule_lookup"),
         ("method", "DraftModelSpeculator has no sample_draft any more"),
         ("parameter", "has no parameter num_rejected, "),
         ("field", "InputBatch has no query_start_loc any more"),
@@ -61,7 +62,10 @@ def test_what_moved_is_named(what: str, sentence: str, monkeypatch) -> None:
     from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModelSpeculator
 
     hook.check_interface()
-    if what == "method":
+    if what == "module":
+        monkeypatch.delitem(sys.modules, "verl_speculator.serving.v2.speculator")
+        monkeypatch.delattr("vllm.v1.spec_decode.dynamic.utils.build_dynamic_sd_schedule_lookup")
+    elif what == "method":
         monkeypatch.delattr(DraftModelSpeculator, "sample_draft")
     elif what == "parameter":
         monkeypatch.setattr(BaseSpeculator, "propose", lambda self, input_batch, last_hidden_states, num_sampled: None)
