@@ -11,9 +11,10 @@ import traceback
 
 def register() -> None:
     """Add the `cpu` platform. Engines register when a trainer imports `verl_speculator.engine`."""
-    from verl_speculator.platforms import cpu
+    from verl_speculator.platforms import cpu, vllm_cpu
 
     cpu.ensure_registered()
+    vllm_cpu.ensure_distribution()
 
 
 try:

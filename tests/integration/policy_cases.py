@@ -152,10 +152,15 @@ def run_layouts(world: Path, rows: Any, output: Path) -> dict[str, Any]:
     learning = {"path": str(world / "rnn"), "lr": 1e-2}
     capped = {**learning, "max_tokens_per_step": 9, "every_n_steps": 2}
     if dist.get_world_size() == 1:
-        cases = [("padded", "padded", "qwen2", learning), ("packed", "packed", "qwen2", learning)]
+        watched = {**learning, "extra_steps": 2, "replay_steps": 1, "shadow_frozen": True}
+        cases = [
+            ("padded", "padded", "qwen2", learning),
+            ("packed", "packed", "qwen2", learning),
+            ("watched", "packed", "qwen2", watched),
+        ]
     else:
         cases = [
-            ("dynamic", "dynamic", "qwen2", learning),
+            ("dynamic", "dynamic", "qwen2", {**learning, "shadow_frozen": True}),
             ("kl", "packed", "qwen2", {**learning, "training": {"objective": "kl"}}),
             ("eagle3", "packed", "qwen2", {**learning, "path": str(world / "eagle3")}),
             ("capped", "packed", "dropout", capped),
@@ -190,6 +195,7 @@ def run_layouts(world: Path, rows: Any, output: Path) -> dict[str, Any]:
 
 def run_resume(world: Path, rows: Any, folder: Path) -> dict[str, Any]:
     settings = {"path": str(world / "rnn"), "lr": 1e-2, "lr_warmup_steps": 3}
+    settings |= {"extra_steps": 2, "shadow_frozen": True, "adaptive": True}
     worker = build_worker(POLICY_MODEL_TYPE, world / "dropout", settings)
     update(worker, rows)
     worker.save_checkpoint(str(folder / "global_step_1" / "actor"))
@@ -207,6 +213,7 @@ def run_resume(world: Path, rows: Any, folder: Path) -> dict[str, Any]:
     return {
         "policy_resumed": same_everywhere(policy, own_parts(again)),
         "speculator_resumed": same_everywhere(went_on, weights(again)),
+        "adaptation_resumed": worker.engine._adaptation.state_dict() == again.engine._adaptation.state_dict(),
         "sent_is_saved": same_everywhere(own, {name: saved[name] for name in own}),
         "served_is_sent": same_everywhere(own, served.file_views(served.state_dict())),
         "sent_before": [name for name in sent if not name.startswith("speculator.")],

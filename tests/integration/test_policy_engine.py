@@ -52,7 +52,7 @@ def run(world, torchrun, tmp_path_factory) -> tuple[Path, dict]:
 
 @pytest.mark.slow
 def test_the_policy_is_verls_bit_for_bit(run):
-    assert {*run[1]["layouts"]} == {"padded", "packed", "dynamic", "kl", "eagle3", "capped"}
+    assert {*run[1]["layouts"]} == {"padded", "packed", "watched", "dynamic", "kl", "eagle3", "capped"}
     for name, case in run[1]["layouts"].items():
         assert case["bit_equal"], name
         assert case["verls_metrics_equal"], name
@@ -95,10 +95,23 @@ def test_it_learns_every_n_th_step_only(run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["watched", "dynamic"])
+def test_the_first_step_measures_the_same_speculator_twice(run, name):
+    first, second = run[1]["layouts"][name]["speculator"]
+
+    assert {*first["speculator/acceptance_length_difference"]} == {0.0}
+    assert first["speculator/frozen_acceptance_length"] == first["speculator/live_acceptance_length"]
+    # The same rows again, on which the live one has been trained since, in one case with further steps.
+    live, frozen = (second[f"speculator/{which}_acceptance_length"][0] for which in ("live", "frozen"))
+    assert live > frozen if name == "watched" else live >= frozen
+
+
+@pytest.mark.slow
 def test_resuming_is_exact_and_what_rollout_gets_is_what_is_saved(run):
     resume = run[1]["resume"]
     assert resume["policy_resumed"]
     assert resume["speculator_resumed"]
+    assert resume["adaptation_resumed"]
     assert resume["sent_is_saved"]
     assert resume["served_is_sent"]
     assert resume["sent_before"] == resume["sent_by_verl"]

@@ -7,8 +7,10 @@ policy computes is what verl's own engine computes, bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -30,27 +32,36 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_speculator.adapters import SpeculatorAdapter
 from verl_speculator.adapters.finding import adapter_for
+from verl_speculator.adapters.following import KEY, FollowingSpeculator
 from verl_speculator.adapters.settings import SECTION, base_model_sizes, config_settings
 from verl_speculator.checkpoint.layout import RESUME_FOLDER
 from verl_speculator.checkpoint.training_state import load_training_state, save_speculator, save_training_state
 from verl_speculator.engine.fsdp import FSDPSpeculatorEngine
 from verl_speculator.engine.hidden_states import record_layers, record_lm_head_input
+from verl_speculator.engine.kept_steps import KeptSteps
 from verl_speculator.engine.optimizer_config import adam_arguments
-from verl_speculator.engine.policy_config import KEY, FollowingSpeculator, PolicyEngineConfig
+from verl_speculator.engine.paired_monitor import Adaptation, PairedMonitor
+from verl_speculator.engine.policy_config import PolicyEngineConfig
 from verl_speculator.engine.response_tokens import MASK_KEY, at_most, response_mask
+from verl_speculator.engine.sequence_parallel import share_of_sequences
 from verl_speculator.engine.speculator_engine import full_norm
 from verl_speculator.engine.step_sums import SUMS_KEY
 from verl_speculator.errors import CheckpointError, ConfigError, naming
-from verl_speculator.models import ChainSpeculatorConfig, SpeculatorConfig
+from verl_speculator.models import ChainSpeculator, ChainSpeculatorConfig, SpeculatorConfig
 from verl_speculator.models.serialization import PREFIX
+from verl_speculator.platforms import cpu
 
 POLICY_MODEL_TYPE = "policy_with_speculator"
+# Beside what training goes on from: whether following is switched off, and what that was judged by.
+ADAPTATION_FILE = f"{RESUME_FOLDER}/adaptation.json"
 
 
 @EngineRegistry.register(model_type=POLICY_MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda", "npu"])
 @EngineRegistry.register(model_type=POLICY_MODEL_TYPE, backend="fsdp2", device="cpu")
 class FSDPPolicyEngine(FSDPEngineWithLMHead):
     """verl's engine of a language model. An actor's has a speculator; the reference policy's is this one, plain."""
+
+    engine_config: Any
 
     def __new__(cls, model_config: Any, engine_config: Any, *args: Any, **kwargs: Any) -> FSDPPolicyEngine:
         return super().__new__(cls if engine_config.forward_only else FSDPPolicyEngineWithSpeculator)
@@ -60,6 +71,17 @@ class FSDPPolicyEngine(FSDPEngineWithLMHead):
         self.model_config.model_type = "language_model"
         return super()._build_module()
 
+    def _build_fsdp_module(self, module: Any) -> nn.Module:
+        if not (cpu.is_active() and self.engine_config.forward_only):
+            return super()._build_fsdp_module(module)
+        # verl offloads a reference policy to pinned memory, which there is none of without an accelerator.
+        config = self.engine_config
+        self.engine_config = dataclasses.replace(config, forward_only=False)
+        try:
+            return super()._build_fsdp_module(module)
+        finally:
+            self.engine_config = config
+
 
 class FSDPPolicyEngineWithSpeculator(FSDPSpeculatorEngine, FSDPPolicyEngine):
     """Attributes:
@@ -68,8 +90,12 @@ class FSDPPolicyEngineWithSpeculator(FSDPSpeculatorEngine, FSDPPolicyEngine):
     """
 
     _adapter_key = f"{KEY}.path"
-    _learns = False
+    # In the batch at hand; and whether the monitor has seen one of this trainer step: those after it have rows that
+    # the live speculator may have learnt from.
+    _learns = _observes = _has_observed = False
     _pad_size = 0
+    _monitor: PairedMonitor | None = None
+    _kept: KeptSteps | None = None
 
     def __init__(self, model_config: Any, engine_config: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(engine_config, PolicyEngineConfig):
@@ -79,6 +105,7 @@ class FSDPPolicyEngineWithSpeculator(FSDPSpeculatorEngine, FSDPPolicyEngine):
                 f"actor_rollout_ref.actor.fsdp_config._target_={target} and {KEY}.path"
             )
         self._following = FollowingSpeculator.of(engine_config.speculator)
+        self._adaptation = Adaptation() if self._following.adaptive else None
         super().__init__(model_config, engine_config, *args, **kwargs)
         if model_config.use_fused_kernels:
             raise ConfigError(
@@ -118,12 +145,31 @@ class FSDPPolicyEngineWithSpeculator(FSDPSpeculatorEngine, FSDPPolicyEngine):
         self._base_as_loaded = module
         with torch.random.fork_rng(devices=[]):
             self._build_speculator(module, self._why_no_target_of_strategy())
+            self._build_monitor()
         del self._base_as_loaded
         record_lm_head_input(module, self._seen)
         record_layers(module, self._needs.aux_hidden_state_layer_ids, self._seen)
         module = super()._build_fsdp_module(module)
         self._shard_speculator(self.device_mesh, PrecisionType.to_dtype(precision.get("reduce_dtype", "fp32")))
         return module
+
+    def _build_monitor(self) -> None:
+        following = self._following
+        if following.shadow_frozen:
+            if not isinstance(self.adapter.speculator, ChainSpeculator):
+                raise ConfigError(
+                    f"{KEY}.shadow_frozen=true follows rounds of a chain of heads (MLP, LSTM), and the speculator in "
+                    f"{following.path!r} is none: leave it off"
+                )
+            frozen = ChainSpeculator.from_pretrained(following.path, dtype=self._compute_dtype)
+            self._monitor = PairedMonitor(frozen.to(get_device_id()))
+        if following.extra_steps:
+            if self._learns_from_target:
+                raise ConfigError(
+                    f"{KEY}.extra_steps={following.extra_steps} learns from tokens, and soft targets are the policy's "
+                    f"of that moment: take {KEY}.training.objective=ce"
+                )
+            self._kept = KeptSteps(following.replay_steps)
 
     def _build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
         config = FSDPOptimizerConfig(
@@ -141,30 +187,62 @@ class FSDPPolicyEngineWithSpeculator(FSDPSpeculatorEngine, FSDPPolicyEngine):
 
     def train_batch(self, data: TensorDict, loss_function: Callable) -> dict[str, Any]:
         step = self.speculator_scheduler.last_epoch
-        self._learns = step % self._following.every_n_steps == 0
+        is_wanted = self._adaptation is None or self._adaptation.learns(step)
+        self._learns = step % self._following.every_n_steps == 0 and is_wanted
+        self._observes = self._monitor is not None and not self._has_observed
         try:
             output = super().train_batch(data, loss_function)
+            metrics = {**self._learning_metrics(data), **self._finish_observation()}
         finally:
-            learnt, self._learns = self._learns, False
-        if learnt:
-            sums = self._sums.output(data, 1.0)["metrics"][SUMS_KEY]
-            metrics = {
-                **self.adapter.summarize_metrics(sums),
-                "train_loss": sums["speculator_loss"],
-                "grad_norm": self._speculator_grad_norm,
-                "lr": self.speculator_optimizer.param_groups[0]["lr"],
-            }
-            output["metrics"].update({f"speculator/{name}": [value] for name, value in metrics.items()})
+            self._learns = self._observes = False
+        output["metrics"].update({f"speculator/{name}": [value] for name, value in metrics.items()})
         return output
+
+    def _learning_metrics(self, data: TensorDict) -> dict[str, float]:
+        if not self._learns:
+            return {}
+        sums = self._sums.output(data, 1.0)["metrics"][SUMS_KEY]
+        metrics = {
+            **self.adapter.summarize_metrics(sums),
+            "train_loss": sums["speculator_loss"],
+            "grad_norm": self._speculator_grad_norm,
+            "lr": self.speculator_optimizer.param_groups[0]["lr"],
+        }
+        if self._kept is not None:
+            self._learn_from_kept(self._kept)
+        return metrics
+
+    def _finish_observation(self) -> dict[str, float]:
+        if self._monitor is None or not self._observes:
+            return {}
+        self._has_observed = True
+        found = self._monitor.finish(get_device_id())
+        if self._adaptation is not None:
+            self._adaptation.note(found)
+        return {**found, "learns": float(self._learns)}
+
+    def _learn_from_kept(self, kept: KeptSteps) -> None:
+        """Steps of the speculator alone, after the one beside the policy."""
+        seed = f"{self.engine_config.seed} {self.speculator_scheduler.last_epoch}"
+        for step in kept.draw(self._following.extra_steps, seed, get_device_id()):
+            self.speculator_optimizer.zero_grad()
+            for number, packed in enumerate(step, start=1):
+                self._gather_for(is_last=number == len(step))
+                loss, _ = self._run_speculator(packed, forward_only=False)
+                (loss * dist.get_world_size()).backward()
+            cast(FSDPModule, self.speculator_unit).reshard()
+            self._speculator_step()
 
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable, forward_only: bool = False
     ) -> dict[str, Any]:
-        if not self._learns:
+        if not self._learns and not self._observes:
             return super().forward_backward_batch(data, loss_function, forward_only)
         data[MASK_KEY] = self._trained_tokens(data)
         self._begin_step(_rows(data))
-        with self._target_gathered(forward_only=False):
+        if self._learns and self._kept is not None:
+            self._kept.begin_step()
+        with self._target_gathered(forward_only=False) if self._learns else nullcontext():
             output = super().forward_backward_batch(data, loss_function, forward_only)
         cast(FSDPModule, self.speculator_unit).reshard()
         return output
@@ -180,17 +258,26 @@ class FSDPPolicyEngineWithSpeculator(FSDPSpeculatorEngine, FSDPPolicyEngine):
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Callable, forward_only: bool
     ) -> tuple[Tensor, dict[str, Any]]:
-        if not self._learns:
+        if not self._learns and not self._observes:
             return super().forward_step(micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
         with self._seen.recording():
             policy_loss, output = super().forward_step(micro_batch, loss_function, forward_only)
-        states = self._packed_states(micro_batch, {"pad_size": self._pad_size})
-        loss, sums = self._run_speculator(self._pack(states, _rows(micro_batch)), forward_only=False)
-        # Now and apart: its graph is gone before the policy's backward pass, which goes as if it had never been. FSDP
-        # averages gradients over all ranks, and each rank holds a different part of the global batch's loss.
-        (loss * dist.get_world_size()).backward()
-        self._sums.record(sums, loss, None)
+        packed = self._pack(self._packed_states(micro_batch, {"pad_size": self._pad_size}), _rows(micro_batch))
+        if self._observes:
+            assert self._monitor is not None
+            # Now, before it learns: what drafted these rollouts.
+            cast(FSDPModule, self.speculator_unit).unshard()
+            live = cast(ChainSpeculator, self.adapter.speculator)
+            self._monitor.measure(live, share_of_sequences(packed, *self._rank_among_sharers()))
+        if self._learns:
+            if self._kept is not None:
+                self._kept.keep(packed)
+            loss, sums = self._run_speculator(packed, forward_only=False)
+            # Now and apart: its graph is gone before the policy's backward pass, which goes as if it had never been.
+            # FSDP averages gradients over all ranks, and each rank holds a different part of the global batch's loss.
+            (loss * dist.get_world_size()).backward()
+            self._sums.record(sums, loss, None)
         return policy_loss, output
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -211,17 +298,23 @@ class FSDPPolicyEngineWithSpeculator(FSDPSpeculatorEngine, FSDPPolicyEngine):
     def optimizer_step(self) -> float:
         policy_norm = super().optimizer_step()
         if self._learns:
-            clip_grad = self._following.clip_grad
-            norm = full_norm(fsdp2_clip_grad_norm_(list(self.speculator_unit.parameters()), max_norm=clip_grad))
-            self._speculator_grad_norm = norm.item()
-            if torch.isfinite(norm):
-                self.speculator_optimizer.step()
-            else:
-                print(f"WARN: the speculator's grad_norm is not finite: {norm}; its step is skipped")
+            self._speculator_step()
         return policy_norm
+
+    def _speculator_step(self) -> None:
+        clip_grad = self._following.clip_grad
+        norm = full_norm(fsdp2_clip_grad_norm_(list(self.speculator_unit.parameters()), max_norm=clip_grad))
+        self._speculator_grad_norm = norm.item()
+        if torch.isfinite(norm):
+            self.speculator_optimizer.step()
+        else:
+            print(f"WARN: the speculator's grad_norm is not finite: {norm}; its step is skipped")
 
     def lr_scheduler_step(self) -> float:
         self.speculator_scheduler.step()
+        self._has_observed = False
+        if self._kept is not None:
+            self._kept.begin_trainer_step()
         return super().lr_scheduler_step()
 
     def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
@@ -271,6 +364,8 @@ class FSDPPolicyEngineWithSpeculator(FSDPSpeculatorEngine, FSDPPolicyEngine):
         with self._speculator_on_device():
             save_speculator(folder, self.adapter.speculator, self.speculator_unit, PREFIX, pytorch_bin=False)
             save_training_state(folder, *self._training_state())
+        if self._adaptation is not None and dist.get_rank() == 0:
+            (folder / ADAPTATION_FILE).write_text(json.dumps(self._adaptation.state_dict()))
         dist.barrier()
 
     def load_checkpoint(
@@ -290,6 +385,9 @@ class FSDPPolicyEngineWithSpeculator(FSDPSpeculatorEngine, FSDPPolicyEngine):
         # verl has set the random states.
         with self._speculator_on_device(), torch.random.fork_rng():
             load_training_state(folder, *self._training_state())
+        # A run that did not adapt has none.
+        if self._adaptation is not None and (folder / ADAPTATION_FILE).is_file():
+            self._adaptation.load_state_dict(json.loads((folder / ADAPTATION_FILE).read_text()))
         dist.barrier()
 
     def _training_state(self) -> tuple[nn.Module, torch.optim.Optimizer, Any, nn.Module | None]:

@@ -56,19 +56,22 @@ def share_of_targets(loss_mask: Tensor, rank: int, size: int) -> Tensor:
 
 
 def share_of_sequences(packed: PackedHiddenStates, rank: int, size: int) -> PackedHiddenStates:
-    """Every `size`-th whole sequence of a batch, for work that needs sequences uncut.
-
-    A rank for which none is left gets the first one with nothing to train: adapters then never see an empty batch, and
-    all ranks make the same calls.
-    """
+    """Every `size`-th whole sequence of a batch, for work that needs sequences uncut."""
     if size == 1:
         return packed
-    cu_seqlens = packed.cu_seqlens
-    is_own_B = torch.arange(packed.num_sequences, device=cu_seqlens.device) % size == rank
-    is_idle = rank >= packed.num_sequences
+    return only_sequences(packed, torch.arange(packed.num_sequences, device=packed.cu_seqlens.device) % size == rank)
+
+
+def only_sequences(packed: PackedHiddenStates, is_own_B: Tensor) -> PackedHiddenStates:
+    """A batch with some of its sequences.
+
+    Where none is left it gets the first one with nothing to train: adapters then never see an empty batch, and all
+    ranks make the same calls.
+    """
+    is_idle = not is_own_B.any()
     if is_idle:
-        is_own_B[0] = True
-    lengths_B = cu_seqlens.diff()
+        is_own_B = torch.arange(packed.num_sequences, device=is_own_B.device) == 0
+    lengths_B = packed.cu_seqlens.diff()
     index_T = is_own_B.repeat_interleave(lengths_B, output_size=packed.num_tokens).to(packed.input_ids.device)
     index_T = index_T.nonzero().squeeze(1)
     loss_mask = packed.loss_mask[index_T]
@@ -81,7 +84,7 @@ def share_of_sequences(packed: PackedHiddenStates, rank: int, size: int) -> Pack
         hidden_states=packed.hidden_states.index_select(0, index_T),
         input_ids=packed.input_ids[index_T],
         loss_mask=torch.zeros_like(loss_mask) if is_idle else loss_mask,
-        cu_seqlens=torch.cat([cu_seqlens[:1], lengths_B[is_own_B].cumsum(dim=0)]),
+        cu_seqlens=torch.cat([packed.cu_seqlens[:1], lengths_B[is_own_B].cumsum(dim=0)]),
         aux_hidden_states=own(packed.aux_hidden_states),
         position_ids=own(packed.position_ids),
     )

@@ -1,6 +1,6 @@
 """Objectives of speculator training: token alignment on packed sequences and a cross entropy without stored logits."""
 
-from verl_speculator.losses.acceptance import acceptance_metrics, acceptance_sums
+from verl_speculator.losses.acceptance import acceptance_metrics, acceptance_sums, rounds_per_sequence
 from verl_speculator.losses.alignment import (
     count_trained_positions,
     head_inputs,
@@ -32,6 +32,7 @@ __all__ = [
     "head_targets",
     "linear_cross_entropy",
     "normalised_weights",
+    "rounds_per_sequence",
     "soft_target_loss",
     "speculator_loss",
     "speculator_metrics",

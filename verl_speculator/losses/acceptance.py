@@ -13,6 +13,7 @@ came from an accepted draft is `min(p, q)(x) / p(x) = min(1, q(x)/p(x))`, which 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -71,6 +72,24 @@ def acceptance_sums(speculator: ChainSpeculator, packed: PackedHiddenStates) -> 
         if speculator.draft_ids is not None:
             sums["text/mass_outside"] = drafts.outside_PT[0].sum()
     return sums
+
+
+@torch.no_grad()
+def rounds_per_sequence(speculator: ChainSpeculator, packed: PackedHiddenStates) -> Tensor:
+    """[B, 2], float64: the rounds in which greedy drafts write each answer, and how many drafts they keep.
+
+    Exactly what decoding counts where it drafts greedily and the text is its own output, sampled or not: a kept draft
+    is the text's token, and in place of one that is not kept verification draws another token.
+    """
+    starts_T = _round_starts(packed.loss_mask, packed.cu_seqlens)
+    trained_PT = trained_positions(packed.loss_mask, packed.cu_seqlens, speculator.n_predict)
+    inside_PT = (trained_PT & starts_T).cumprod(dim=0).bool()
+    alone = dataclasses.replace(packed, target_head=None, lm_head_weight=None)
+    counts_T2 = torch.stack(_closed_loop(_teacher_forced(speculator, alone, inside_PT).keeps_PT, inside_PT), dim=1)
+    lengths_B = packed.cu_seqlens.diff()
+    index_T = torch.arange(len(lengths_B), device=lengths_B.device).repeat_interleave(lengths_B)
+    totals_B2 = torch.zeros(len(lengths_B), 2, dtype=torch.float64, device=counts_T2.device)
+    return totals_B2.index_add_(0, index_T.to(counts_T2.device), counts_T2.double())
 
 
 def acceptance_metrics(sums: Mapping[str, float]) -> dict[str, float]:
@@ -156,12 +175,20 @@ def _measure_rows(
 
 
 def _closed_loop_sums(name: str, chance_PT: Tensor, inside_PT: Tensor) -> dict[str, Tensor]:
-    """Expected rounds and the drafts they keep; draft i is kept with chance `chance_PT[i]` if those before it are."""
+    rounds_T, accepted_T = _closed_loop(chance_PT, inside_PT)
+    return {f"{name}/rounds": rounds_T.sum(), f"{name}/accepted": accepted_T.sum()}
+
+
+def _closed_loop(chance_PT: Tensor, inside_PT: Tensor) -> tuple[Tensor, Tensor]:
+    """[T] each: expected rounds that start at a position, and the drafts that these keep.
+
+    Draft i is kept with chance `chance_PT[i]` if those before it are.
+    """
     kept_PT = chance_PT.cumprod(dim=0)
     # [n_predict + 1, T]: the chance that a round keeps exactly so many.
     exactly = -torch.diff(kept_PT, dim=0, prepend=torch.ones_like(kept_PT[:1]), append=torch.zeros_like(kept_PT[:1]))
     visits_T = torch.tensor(_visits(inside_PT[0].tolist(), exactly.T.tolist()), device=kept_PT.device)
-    return {f"{name}/rounds": visits_T.sum(), f"{name}/accepted": (visits_T * kept_PT.sum(dim=0)).sum()}
+    return visits_T, visits_T * kept_PT.sum(dim=0)
 
 
 def _visits(is_round: list[bool], exactly: list[list[float]]) -> list[float]:

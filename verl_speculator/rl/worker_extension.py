@@ -13,10 +13,19 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from verl_speculator.errors import ConfigError
 from verl_speculator.models.serialization import PREFIX
+from verl_speculator.platforms import vllm_cpu
+from verl_speculator.serving.served_chain import ServedChain
 
 
 class SpeculatorWorkerExtension(vLLMColocateWorkerExtension):
     """Copies the speculator's weights over those that are served, in place; all others go verl's way."""
+
+    def __new__(cls, **kwargs: Any) -> SpeculatorWorkerExtension:
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            vllm_cpu.keep_linear_weights()
+        return super().__new__(cls, **kwargs)
 
     def _update_weights(self, weights: list[tuple[str, Tensor]], peft_config: Any, base_sync_done: bool) -> None:
         own = [(name, tensor) for name, tensor in weights if name.startswith(PREFIX)]
@@ -26,7 +35,7 @@ class SpeculatorWorkerExtension(vLLMColocateWorkerExtension):
         if others:
             super()._update_weights(others, peft_config, base_sync_done)
 
-    def _served_speculator(self) -> Any:
+    def _served_speculator(self) -> ServedChain:
         # On Model Runner V1 the proposer holds it, on V2 the runner does.
         chain = getattr(getattr(self.model_runner, "drafter", None), "chain", None)
         if chain is None:
@@ -35,5 +44,10 @@ class SpeculatorWorkerExtension(vLLMColocateWorkerExtension):
             raise ConfigError(
                 "the actor sends a speculator and rollout drafts with none: name it in "
                 "actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config"
+            )
+        if not isinstance(chain, ServedChain):
+            raise ConfigError(
+                f"vLLM drafts with a {type(chain).__name__} by itself, which takes no new weights while it runs: name "
+                "a chain of heads (MLP, LSTM) in actor_rollout_ref.rollout.engine_kwargs.vllm.speculative_config"
             )
         return chain

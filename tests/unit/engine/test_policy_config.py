@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from verl_speculator.engine.policy_config import KEY, FollowingSpeculator, PolicyEngineConfig
+from verl_speculator.adapters.following import KEY, FollowingSpeculator
+from verl_speculator.engine.policy_config import PolicyEngineConfig
 from verl_speculator.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from verl_speculator.decoding import DecodingResult, SamplingParams, generate, speculative_generate
-from verl_speculator.losses import PackedHiddenStates, acceptance_metrics, acceptance_sums
+from verl_speculator.losses import PackedHiddenStates, acceptance_metrics, acceptance_sums, rounds_per_sequence
 from verl_speculator.models import (
     ArcticLSTMSpeculatorConfig,
     ChainSpeculator,
@@ -96,6 +96,9 @@ def test_greedy_rounds_are_those_of_decoding(target, speculator):
     sums = acceptance_sums(speculator, _packed(target, prompts, result.tokens))
     rounds, kept = _accepted_inside(result)
     assert (sums["closed_loop/rounds"].item(), sums["closed_loop/accepted"].item()) == (rounds, kept)
+    of_rows = rounds_per_sequence(speculator, _packed(target, prompts, result.tokens))
+    assert of_rows[:, 0].tolist() == [len(accepted) for accepted in result.accepted_per_round]
+    assert of_rows.sum(dim=0).tolist() == [rounds, kept]
 
     # Drafts past an answer's end are unknown to the text: at most one round of each row is cut short.
     metrics = acceptance_metrics({name: value.item() for name, value in sums.items()})

@@ -38,13 +38,11 @@ def speculator(seed: int) -> MLPSpeculator:
 
 
 @pytest.fixture
-def worker(tmp_path, monkeypatch):
+def worker(monkeypatch):
     """What vLLM makes of the extension, with a runner that serves a speculator."""
-    # verl looks for a distribution of that name, and vLLM's for CPU has another.
-    metadata = tmp_path / "vllm-0.28.0+cpu.dist-info" / "METADATA"
-    metadata.parent.mkdir()
-    metadata.write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.28.0+cpu\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    from vllm.model_executor.layers import utils
+
+    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", utils.dispatch_cpu_unquantized_gemm)
     from verl_speculator.rl.worker_extension import SpeculatorWorkerExtension
     from verl_speculator.serving.served_chain import ServedChain
 
@@ -97,3 +95,11 @@ def test_a_rollout_without_a_speculator_is_refused_by_key(worker):
 
     with pytest.raises(ConfigError, match=r"rollout\.engine_kwargs\.vllm\.speculative_config"):
         worker._update_weights([("speculator.emb.0.weight", torch.zeros(1))], None, False)
+
+
+def test_a_drafter_of_vllms_own_is_refused_by_name(worker):
+    worker.model_runner.drafter = None
+    worker.model_runner.get_draft_model = lambda: Policy()
+
+    with pytest.raises(ConfigError, match="vLLM drafts with a Policy by itself"):
+        worker._update_weights([("speculator.fc.weight", torch.zeros(1))], None, False)
