@@ -59,16 +59,14 @@ def runs(world, base_model):
         "model.scorer.inner_dim=8",
         "trainer.save_freq=1",
     ]
-    as_they_are = [*shared, "actor.use_kl_loss=true", "actor.entropy_coeff=0.01", "rollout.score_momentum=0.5"]
-    on_windows = [*as_they_are, "trainer.total_training_steps=3"]
-    by_two = ["trainer.n_gpus_per_node=2", "trainer.total_training_steps=1", f"trainer.default_local_dir={folder}/two"]
+    of_windows = ["actor.use_kl_loss=true", "actor.entropy_coeff=0.01", "rollout.score_momentum=0.5"]
+    on_windows = [*shared, *of_windows, "trainer.total_training_steps=3"]
     resumed = [
         "trainer.resume_mode=resume_path",
         f"trainer.resume_from_path={folder}/whole/global_step_2",
     ]
     closed_loop = ["rollout.closed_loop=true", f"rollout.draft_model_path={draft}", "rollout.num_draft_tokens=3"]
     all_runs = [
-        [*as_they_are, *by_two],  # first: what it says of Ray's resources is enough for all
         [*on_windows, f"trainer.default_local_dir={folder}/whole", "trainer.test_freq=3"],
         [*on_windows, f"trainer.default_local_dir={folder}/resumed", *resumed],
         [*shared, *closed_loop, f"trainer.default_local_dir={folder}/closed", "trainer.total_training_steps=2"],
@@ -76,6 +74,7 @@ def runs(world, base_model):
     (folder / "runs.json").write_text(json.dumps(all_runs))
     result = run_process(
         [sys.executable, str(Path(__file__).with_name("scorer_runs.py")), str(folder / "runs.json")],
+        timeout=1100,  # three starts of Ray, on a machine that runs other tests
         RAY_USAGE_STATS_ENABLED="0",
     )
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-8000:]
@@ -113,18 +112,6 @@ def test_three_steps_change_the_head_and_log_what_they_did(runs):
     saved = read_config(folder / "whole/global_step_3/actor/scorer")
     assert saved.score_mean != 0
     assert 0 < saved.score_scale != 1
-
-
-def test_two_workers_make_the_step_of_one(runs):
-    folder, _ = runs
-    one, two = (weights(folder / name, 1) for name in ("whole", "two"))
-
-    assert one["head.out.weight"].abs().max() > 0
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-4)
-    same = ("scorer/reward", "scorer/mismatch_accept_rate", "actor/entropy")
-    logged = [curves(folder / name)[1] for name in ("whole", "two")]
-    assert [logged[1][name] for name in same] == pytest.approx([logged[0][name] for name in same], rel=1e-4)
 
 
 def test_a_resumed_run_goes_on_exactly(runs):
