@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -31,8 +30,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
-# Of `serving_lossily.py`, which needs vLLM to be imported.
-PATTERN = "(yes|no) w[0-9]{1,3}( w[0-9]{1,2}){2,6} end"
 SPECULATORS = ("mlp", "mlp_untied_scaled", "rnn_drafts", "rnn_untied_dotted", "lstm", "lstm_tied_embeddings_dotted")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -154,18 +151,9 @@ def test_a_rule_is_asked_and_does_not_accept_everything(world) -> None:
     assert 10 < rules["scorer"]["lossy_accepted"] < 0.8 * rules["accept-all"]["lossy_accepted"]
 
 
-def test_a_rule_overrides_neither_stop_tokens_nor_a_grammar(report, world) -> None:
+def test_a_rule_overrides_no_stop_token(report, world) -> None:
     expected = json.loads((world / "lossy.json").read_text())
-    served = report["lossy accept-all"]
-    stopped = [answer["stop_reason"] for answer in served["lossy"]]
-    assert expected["stop"] in stopped
-    for answer in served["grammar"]:
-        if answer["finish_reason"] == "stop":
-            assert re.fullmatch(PATTERN, answer["text"])
-        else:
-            assert re.match(r"(yes|no) w[0-9]{1,3}( w[0-9]{1,2}){1,6}", answer["text"])
-    counters = served["strict_counters"]
-    assert counters["before"]["lossy_accepted"] > served["counters"]["lossy_accepted"], "the rule was asked there too"
+    assert expected["stop"] in [answer["stop_reason"] for answer in report["lossy accept-all"]["lossy"]]
 
 
 def test_what_a_rule_refuses_can_be_had_losslessly(report) -> None:

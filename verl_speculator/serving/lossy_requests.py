@@ -26,6 +26,8 @@ WITHOUT_RULE_ONLY: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (None,),
     "min_tokens": (0,),
     "thinking_token_budget": (None,),
+    # On vLLM 0.28 a text broke its grammar under a rule; why is not known yet.
+    "structured_outputs": (None,),
 }
 
 
