@@ -87,6 +87,7 @@ RUNS: dict[str, Run] = {
     "rows_320": Run(_LSTM, num_rows=320, num_epochs=12),
     "rows_640": Run(_LSTM, seeds=(0, 1, 2)),
     "rows_1000": Run(_LSTM, num_rows=1000, num_epochs=4),
+    "people": Run(_LSTM, data="people"),
     "ce": Run(_LSTM, changes={"model.speculator.objective": "ce"}, seeds=(0, 1, 2)),
     "full_vocabulary": Run(_LSTM, changes={"model.speculator.draft_vocab_size": None}),
 }

@@ -11,19 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from verl_speculator.cli import (
-    base,
-    bench,
-    data,
-    eval,
-    export,
-    regenerate,
-    scorer,
-    serve,
-    train,
-    train_report,
-    tune,
-)
+from verl_speculator.cli import base, bench, data, eval, export, regenerate, scorer, serve, train, train_report, tune
 from verl_speculator.errors import SpeculatorError
 
 EXIT_USER_ERROR = 2
